@@ -10,6 +10,14 @@ import ray
 from llkd_ray.config import RaySection
 from llkd_ray.errors import ClusterError
 
+# These warn of what is meant to be: a private cluster asks for a token that Ray makes itself, a
+# library joins the session that a job has opened, and progress is shown by the job.
+_QUIET = (
+    "ray._private.authentication",
+    "ray._private.worker",
+    "ray.data._internal.progress",
+)
+
 
 @contextlib.contextmanager
 def ray_session(config: RaySection) -> Iterator[None]:
@@ -26,6 +34,8 @@ def ray_session(config: RaySection) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS") or config.address
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if address == "local":
             ray.init(

@@ -100,9 +100,7 @@ class CorpusSection(Section):
     validation_fraction: Fraction = 0.1
     """Share of the distinct texts held out to choose the epoch (only where there is gold)."""
     test_fraction: Fraction = 0.1
-    """Share of the distinct texts held out to score teacher and student (only where there is gold)."""
-    max_unlabeled_rows: PositiveInt | None = None
-    """Take this many rows of the unlabeled split, chosen by hash; all when not given."""
+    """Share of the distinct texts held out to score the models (only where there is gold)."""
     shard_rows: PositiveInt = 10_000
     """Rows in one Parquet shard."""
     max_text_chars: PositiveInt = 20_000
@@ -157,8 +155,12 @@ class TeacherSection(Section):
     """An embedded model by name, or the folder of a Hugging Face causal language model."""
     splits: tuple[Literal["unlabeled", "validation", "test"], ...] = ("unlabeled", "test")
     """Splits to label. The test split is labelled to score the teacher, never to train."""
+    max_unlabeled_rows: PositiveInt | None = None
+    """Label this many rows of the unlabeled split, the first by row_id, which is a hash; all when
+    not given."""
     batch_size: PositiveInt = 64
-    """Rows handed to the engine at once, and the rows a crash can cost."""
+    """Rows handed to the engine together, and written together: what a crash costs is the
+    batches that were under way."""
     max_rejected_fraction: Fraction = 0.01
     """The job stops when a larger share of the rows gets no answer."""
     engine: EngineSection = EngineSection()
@@ -227,7 +229,7 @@ class TrainSection(Section):
     weight_decay: NonNegativeFloat = 0.01
     max_grad_norm: PositiveFloat = 1.0
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO: what is partitioned over the workers (1 optimizer, 2 gradients, 3 weights)."""
+    """DeepSpeed ZeRO: partitions the optimizer (1), the gradients too (2), the weights too (3)."""
     bf16: bool = False
     """Train in bfloat16, where the hardware has it."""
 
@@ -253,15 +255,21 @@ class ServeSection(Section):
     gpus_per_replica: NonNegativeFloat = 0.0
     threads_per_replica: PositiveInt = 2
     """Threads of one replica on a CPU."""
-    max_batch_texts: PositiveInt = 64
-    """Texts that one forward pass takes at most."""
-    batch_wait_ms: NonNegativeFloat = 2.0
-    """How long a request waits for others to share its forward pass."""
+    max_batch_texts: PositiveInt = 16
+    """Texts that one forward pass of the student takes at most. Small passes waste less on padding
+    and are the fastest on a CPU; a GPU wants 64 or more."""
+    batch_wait_ms: NonNegativeFloat = 0.0
+    """How long an idle student lets a request wait for others to share its pass. Requests that
+    come while it computes share the next pass anyway."""
     max_texts_per_request: PositiveInt = 256
     max_text_chars: PositiveInt = 20_000
     max_body_bytes: PositiveInt = 4_000_000
+    max_ongoing_requests: PositiveInt = 128
+    """Requests that one replica holds at once; the next ones wait in the proxy."""
     max_queued_requests: PositiveInt = 512
-    """Requests that wait at most; past them the answer is 503."""
+    """Requests that wait in a proxy at most; past them the answer is 503."""
+    start_timeout_s: PositiveFloat = 600.0
+    """The job gives up when the endpoint does not answer by then."""
     token_env: str | None = None
     """Name of the environment variable with the bearer token; no token is asked for without it."""
 
@@ -284,6 +292,7 @@ class BenchSection(Section):
     """Requests at each concurrency."""
     sweep_texts: PositiveInt = 16
     request_timeout_s: PositiveFloat = 120.0
+    """The job stops when one request takes longer."""
     student_usd_per_hour: PositiveFloat = 0.10
     """Price of the machine that serves the student."""
     teacher_usd_per_hour: PositiveFloat = 0.10
@@ -350,6 +359,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
     for override in overrides:
         _apply(tree, override)
+    if isinstance(tree.get("selection"), dict):
+        tree["selection"].setdefault("rule", LLKDRule().rule)
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:

@@ -4,11 +4,12 @@ Fingerprints follow from the experiment and the identity of its inputs alone, so
 whether its input is there, and whether its output is still true, in a moment.
 """
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llkd_ray import corpus, embedded
+from llkd_ray import embedded, sources
 from llkd_ray.artifacts import Artifact
 from llkd_ray.config import Experiment, as_tree, rule_named
 
@@ -33,7 +34,7 @@ class Lineage:
             "prepare",
             {
                 "corpus": as_tree(experiment.corpus),
-                "source": corpus.identity(experiment.corpus),
+                "source": sources.identity(experiment.corpus),
                 "labels": as_tree(experiment.task)["labels"],
                 "examples": [example.text for example in experiment.task.examples],
             },
@@ -43,9 +44,7 @@ class Lineage:
     def readouts(self) -> Artifact:
         """The teacher's raw log-probabilities: the expensive part, never made twice."""
         teacher = as_tree(self.experiment.teacher)
-        engine = {
-            key: teacher["engine"][key] for key in ("dtype", "max_model_len", "quantization")
-        }
+        engine = {key: teacher["engine"][key] for key in ("dtype", "max_model_len", "quantization")}
         return self._artifact(
             "readouts",
             "label",
@@ -53,6 +52,7 @@ class Lineage:
                 "task": as_tree(self.experiment.task),
                 "model": embedded.revision(self.experiment.teacher.model),
                 "splits": teacher["splits"],
+                "max_unlabeled_rows": teacher["max_unlabeled_rows"],
                 "engine": engine,
                 "max_rejected_fraction": teacher["max_rejected_fraction"],
             },
@@ -122,7 +122,7 @@ class Lineage:
         )
 
     def _artifact(
-        self, noun: str, job: str, settings: dict[str, Any], *inputs: Artifact
+        self, noun: str, job: str, settings: Mapping[str, Any], *inputs: Artifact
     ) -> Artifact:
         names = [f"{item.noun}" for item in inputs]
         keys = [

@@ -42,7 +42,9 @@ class ReliabilityBin:
     accuracy: float
 
 
-def reliability(confidence: Floats, correct: npt.NDArray[np.bool_], bins: int) -> list[ReliabilityBin]:
+def reliability(
+    confidence: Floats, correct: npt.NDArray[np.bool_], bins: int
+) -> list[ReliabilityBin]:
     """Sort rows into equally wide bins of confidence (0 to 1); empty bins are left out."""
     index = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     return [
@@ -98,6 +100,4 @@ def bootstrap_interval(
 
 def percentiles_ms(latencies_ms: Floats) -> dict[str, float]:
     """Return p50, p95 and p99 of latencies in milliseconds, linearly interpolated."""
-    return {
-        f"p{level}": float(np.percentile(latencies_ms, level)) for level in (50, 95, 99)
-    }
+    return {f"p{level}": float(np.percentile(latencies_ms, level)) for level in (50, 95, 99)}

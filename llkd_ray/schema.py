@@ -153,7 +153,7 @@ class LabelsSummary(_Keys):
     rows: int
     rejected: int
     duplicates: int
-    """Answers beyond the first for a row that were written and dropped; 0 unless a task ran twice."""
+    """Rows that stand twice among the labels: 0, or something is broken."""
     accuracy: float | None
     accuracy_uncalibrated: float | None
     ece: float | None

@@ -1,0 +1,43 @@
+"""Run the whole flow: prepare, label, train, evaluate, bench, report; what is made is kept."""
+
+import sys
+import time
+
+from llkd_ray.cli import run_job
+from llkd_ray.config import Experiment
+
+
+def run(experiment: Experiment) -> None:
+    import bench
+    import evaluate
+    import label
+    import prepare
+    import report
+    import train
+
+    from llkd_ray.cluster import ray_session
+    from llkd_ray.lineage import Lineage
+
+    started = time.perf_counter()
+    lineage = Lineage(experiment)
+    prepare.prepare(experiment)
+    has_gold = lineage.corpus.manifest().details["test"] > 0
+    artifacts = [lineage.labels, *lineage.students.values(), lineage.bench]
+    if has_gold:
+        artifacts.append(lineage.scores)
+    if not all(artifact.made for artifact in artifacts):
+        # One Ray for all stages; a stage by itself would start its own.
+        with ray_session(experiment.ray):
+            label.label(experiment)
+            train.train(experiment)
+            if has_gold:
+                evaluate.evaluate(experiment)
+            bench.bench(experiment)
+    if not has_gold:
+        print("evaluate: nothing to score against, the corpus has no gold test rows")
+    report.report(experiment)
+    print(f"run: {lineage.run} is complete after {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(str(__doc__), run))

@@ -1,0 +1,98 @@
+"""What tests share: one private Ray, one small experiment, and the whole flow run once on it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llkd_ray.cluster import ray_session
+from llkd_ray.config import Experiment, RaySection, load_experiment
+from llkd_ray.lineage import Lineage
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "jobs/configs/quickstart.toml"
+
+# The quickstart on a sample: every stage is real, with less to do.
+SMALL = (
+    "corpus.validation_fraction=0.02",
+    "corpus.test_fraction=0.02",
+    "corpus.shard_rows=100",
+    "teacher.max_unlabeled_rows=160",
+    "teacher.batch_size=32",
+    "train.epochs=2",
+    "evaluate.bootstrap_resamples=100",
+    "bench.single_requests=5",
+    "bench.batch_requests=1",
+    "bench.concurrency=[2]",
+    "bench.sweep_requests=2",
+    "bench.warmup_requests=1",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the small experiment in a folder of its own."""
+
+    overrides: tuple[str, ...]
+
+    @property
+    def experiment(self) -> Experiment:
+        return load_experiment(QUICKSTART, self.overrides)
+
+    @property
+    def lineage(self) -> Lineage:
+        return Lineage(self.experiment)
+
+    def job(
+        self, verb: str, *more: str, timeout_s: float = 500
+    ) -> subprocess.CompletedProcess[str]:
+        """Run jobs/VERB.py in a process of its own, as a user does."""
+        return run_job(verb, str(QUICKSTART), *self.overrides, *more, timeout_s=timeout_s)
+
+    def summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = json.loads((self.lineage.run / "summary.json").read_text())
+        return summary
+
+
+def run_job(verb: str, *arguments: str, timeout_s: float = 500) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(verb, *arguments),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def command(verb: str, *arguments: str) -> Sequence[str]:
+    return [sys.executable, str(ROOT / f"jobs/{verb}.py"), *arguments]
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """A private Ray of 2 CPUs for the whole session."""
+    with ray_session(RaySection(num_cpus=2)):
+        yield
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """The small experiment, nothing made yet."""
+    return Run((f"runs={tmp_path}", *SMALL))
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The whole flow, run once: real teacher, training, endpoints."""
+    run = Run((f"runs={tmp_path_factory.mktemp('runs')}", *SMALL))
+    done = run.job("run", timeout_s=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run

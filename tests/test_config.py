@@ -1,0 +1,127 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import QUICKSTART, ROOT, run_job
+
+from llkd_ray.config import AllRule, LLKDRule, as_tree, load_experiment, rule_named
+from llkd_ray.errors import ConfigError
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("jobs/configs/**/*.toml")), ids=lambda p: p.name)
+def test_every_shipped_experiment_loads(path: Path) -> None:
+    assert load_experiment(path).task.labels
+
+
+def test_an_override_replaces_a_key_and_leaves_the_rest() -> None:
+    plain = load_experiment(QUICKSTART)
+    changed = load_experiment(QUICKSTART, ["train.epochs=7", "name=trial"])
+    assert (changed.train.epochs, changed.name) == (7, "trial")
+    assert changed.train.model_copy(update={"epochs": plain.train.epochs}) == plain.train
+
+
+def test_naming_another_rule_drops_the_settings_of_the_first() -> None:
+    overrides = ["selection.rule=llkd", "selection.student_decay=0.5", "selection.rule=all"]
+    assert load_experiment(QUICKSTART, overrides).selection == AllRule()
+
+
+def test_the_experiments_own_rule_keeps_its_settings() -> None:
+    own = LLKDRule(student_decay=0.5)
+    assert rule_named("llkd", own) is own
+    assert rule_named("all", own) == AllRule()
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.epoch=3", "train.epoch: unknown key; did you mean train.epochs?"),
+        ("tran.epochs=3", "tran: unknown key; did you mean train?"),
+        ("teacher.engine.dtyp=float32", "did you mean teacher.engine.dtype?"),
+        ("selection.teacher_decya=0.1", "did you mean selection.teacher_decay?"),
+        ("selection.rule=llkdd", "selection"),
+        ("train.epochs=0", "train.epochs = 0: input should be greater than 0"),
+        ("train.epochs=many", "train.epochs = 'many'"),
+        ("teacher.actors.min=3", "teacher.actors: min = 3 is above max = 1"),
+        ("train.epochs", "write section.key=value"),
+        ("name.first=a", "name is not a section"),
+        ("name=../elsewhere", "name = '../elsewhere'"),
+    ],
+)
+def test_a_wrong_override_is_told_with_its_dotted_path(override: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(QUICKSTART, [override])
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    (tmp_path / "e.toml").write_text('name = "x"\n')
+    with pytest.raises(ConfigError, match="task: this key must be set"):
+        load_experiment(tmp_path / "e.toml")
+
+
+def test_labels_must_be_told_apart_and_examples_must_use_them(tmp_path: Path) -> None:
+    start = 'name = "x"\ncorpus = { source = "trec" }\n[task]\n'
+    path = tmp_path / "e.toml"
+    path.write_text(start + 'labels = [{ name = "a" }, { name = "a" }]\n')
+    with pytest.raises(ConfigError, match="'a' stands twice"):
+        load_experiment(path)
+    path.write_text(
+        start
+        + 'labels = [{ name = "a" }, { name = "b" }]\nexamples = [{ text = "t", label = "c" }]\n'
+    )
+    with pytest.raises(ConfigError, match="'c', which is not among"):
+        load_experiment(path)
+
+
+@pytest.mark.parametrize("content", [None, b"name = ", b"\xff\xfe"])
+def test_a_file_that_is_no_experiment_is_told(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "e.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"e\.toml"):
+        load_experiment(path)
+
+
+def test_the_tree_survives_printing_and_reading() -> None:
+    experiment = load_experiment(QUICKSTART)
+    assert type(experiment).model_validate(as_tree(experiment)) == experiment
+
+
+@pytest.mark.parametrize("verb", ["prepare", "label", "train", "evaluate", "serve", "bench", "run"])
+def test_a_typo_is_one_line_and_exit_1_before_any_heavy_import(verb: str) -> None:
+    started = time.perf_counter()
+    done = run_job(verb, str(QUICKSTART), "train.epoch=3")
+    seconds = time.perf_counter() - started
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"error: {QUICKSTART}: train.epoch: unknown key; did you mean train.epochs?"
+    ]
+    assert done.stdout == ""
+    # A heavy import alone takes several seconds; what is asserted is that there is none.
+    assert seconds < 3, seconds
+
+
+def test_reading_an_experiment_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from llkd_ray.config import load_experiment; import llkd_ray.cli\n"
+        f"load_experiment({str(QUICKSTART)!r})\n"
+        "heavy = {'ray', 'torch', 'transformers', 'vllm', 'deepspeed', 'pyarrow', 'numpy'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("verb", ["prepare", "label", "train", "run"])
+def test_dry_run_prints_the_resolved_experiment_and_makes_nothing(
+    verb: str, tmp_path: Path
+) -> None:
+    done = run_job(verb, str(QUICKSTART), f"runs={tmp_path}", "train.epochs=7", "--dry-run")
+    assert done.returncode == 0
+    assert '"epochs": 7' in done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+
+from llkd_ray import metrics
+
+
+def naive_f1(gold: list[int], predicted: list[int], class_: int) -> float | None:
+    pairs = list(zip(gold, predicted, strict=True))
+    true_positive = sum(g == class_ and p == class_ for g, p in pairs)
+    false_positive = sum(g != class_ and p == class_ for g, p in pairs)
+    false_negative = sum(g == class_ and p != class_ for g, p in pairs)
+    if true_positive + false_positive + false_negative == 0:
+        return None
+    return 2 * true_positive / (2 * true_positive + false_positive + false_negative)
+
+
+def test_macro_f1_agrees_with_counting_pairs_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        gold, predicted = rng.integers(0, 5, 30), rng.integers(0, 4, 30)
+        each = [naive_f1(gold.tolist(), predicted.tolist(), class_) for class_ in range(6)]
+        expected = np.mean([f1 for f1 in each if f1 is not None])
+        assert metrics.macro_f1(gold, predicted, 6) == pytest.approx(expected)
+
+
+def test_a_class_that_never_occurs_does_not_count() -> None:
+    gold = np.array([0, 1])
+    assert metrics.macro_f1(gold, gold, 50) == 1.0
+
+
+def test_calibration_error_is_the_weighted_gap() -> None:
+    confidence = np.array([0.95, 0.95, 0.55, 1.0])
+    correct = np.array([True, False, True, True])
+    # Bin 0.9-1.0 holds three rows: mean confidence 2.9/3, accuracy 2/3. Bin 0.5-0.6 holds one.
+    expected = 3 / 4 * (2.9 / 3 - 2 / 3) + 1 / 4 * (1 - 0.55)
+    assert metrics.expected_calibration_error(confidence, correct, 10) == pytest.approx(expected)
+
+
+def test_every_row_is_in_one_reliability_bin() -> None:
+    confidence = np.array([0.0, 0.1, 0.999, 1.0])
+    table = metrics.reliability(confidence, np.ones(4, dtype=bool), 10)
+    assert sum(bin_.rows for bin_ in table) == 4
+    for bin_ in table:
+        assert bin_.lower <= bin_.mean_confidence <= bin_.upper
+
+
+def test_the_bootstrap_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    hits = 0
+    for trial in range(200):
+        sample = rng.random(100) < 0.7
+        interval = metrics.bootstrap_interval(
+            lambda rows, sample=sample: float(sample[rows].mean()), 100, 200, trial
+        )
+        assert interval.low <= interval.value <= interval.high
+        hits += interval.low <= 0.7 <= interval.high
+    assert 180 <= hits <= 199
+
+
+def test_percentiles_are_named_and_interpolated() -> None:
+    assert metrics.percentiles_ms(np.arange(101.0)) == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
