@@ -281,14 +281,14 @@ class BenchSection(Section):
     """A student that already serves; without it the job deploys one and takes it down."""
     teacher_url: str | None = None
     """A teacher that already serves; likewise."""
-    warmup_requests: PositiveInt = 8
-    single_requests: PositiveInt = 100
+    warmup_requests: PositiveInt = 4
+    single_requests: PositiveInt = 50
     """Requests of one text each, one after the other."""
-    batch_requests: PositiveInt = 5
+    batch_requests: PositiveInt = 3
     """Requests of 64 texts each, one after the other."""
     concurrency: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 4)
     """Clients at once, each sending one request of `sweep_texts` texts after the other."""
-    sweep_requests: PositiveInt = 16
+    sweep_requests: PositiveInt = 6
     """Requests at each concurrency."""
     sweep_texts: PositiveInt = 16
     request_timeout_s: PositiveFloat = 120.0

@@ -1,0 +1,58 @@
+"""Train the student on the teacher's labels, and those it is compared with."""
+
+import sys
+
+from llkd_ray.cli import run_job
+from llkd_ray.config import Experiment
+
+
+def train(experiment: Experiment) -> None:
+    from llkd_ray.lineage import Lineage
+
+    for rule in Lineage(experiment).students:
+        train_one(experiment, rule)
+
+
+def train_one(experiment: Experiment, rule: str) -> None:
+    """Train with one rule: the experiment's own settings of it, or its defaults."""
+    from llkd_ray.config import rule_named
+    from llkd_ray.lineage import Lineage
+
+    lineage = Lineage(experiment)
+    lineage.corpus.require()
+    lineage.labels.require()
+    artifact = lineage.student(rule)
+    if artifact.made:
+        print(f"train: {artifact.path} is there already")
+        return
+
+    from llkd_ray.artifacts import make
+    from llkd_ray.cluster import ray_session
+    from llkd_ray.student import train
+
+    with make(artifact, resume=True) as draft, ray_session(experiment.ray):
+        trained = train.train(
+            lineage.labels.path,
+            draft.folder,
+            corpus=lineage.corpus.path,
+            label_names=experiment.task.label_names,
+            selection=rule_named(rule, experiment.selection),
+            student=experiment.student,
+            section=experiment.train,
+            seed=experiment.seed,
+        )
+        draft.rows, draft.details = trained.rows, trained.details
+    details = trained.details
+    scores = (
+        ""
+        if details["validation_macro_f1"] is None
+        else f", validation macro-F1 {details['validation_macro_f1']:.3f}"
+    )
+    print(
+        f"train: wrote {artifact.path}: rule {rule}, {details['rows_used_fraction']:.0%} of "
+        f"row-steps in {details['steps']} steps, epoch {details['best_epoch']} is best{scores}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(str(__doc__), train))

@@ -1,0 +1,1 @@
+"""Latency, throughput and cost of an endpoint, measured from outside over HTTP."""

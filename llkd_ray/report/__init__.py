@@ -1,0 +1,1 @@
+"""The report of a run: summary.json, plots, and one page that stands alone."""

@@ -1,0 +1,234 @@
+"""The report's page: one HTML file that needs nothing else, and the files next to it."""
+
+import json
+import os
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import pyarrow as pa
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from llkd_ray.artifacts import write_text
+from llkd_ray.config import ServeSection, as_tree
+from llkd_ray.lineage import Lineage
+from llkd_ray.report import plots
+from llkd_ray.report.figures import to_png, to_svg
+from llkd_ray.report.summary import readable, summarise
+from llkd_ray.report.tables import RunTables, read_run
+from llkd_ray.schema import EndpointSummary, ModelScore, Summary
+
+_DASH = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with the words that go with it."""
+
+    figure: Figure
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the result table."""
+
+    name: str
+    role: str
+    score: ModelScore | None
+    rows_used_fraction: float | None
+    endpoint: EndpointSummary | None
+
+
+def write_report(lineage: Lineage) -> Summary:
+    """Write summary.json, report.html and plots/*.png into the run's folder, always anew.
+
+    Each file is replaced whole; a plot that no longer has data is removed.
+
+    Raises:
+        ArtifactError: Not even the corpus is made.
+    """
+    run = read_run(lineage)
+    summary = summarise(run)
+    drawn = draw(run)
+    folder = lineage.run / "plots"
+    folder.mkdir(exist_ok=True)
+    for name, plot in drawn.items():
+        _write_bytes(folder / f"{name}.png", to_png(plot.figure))
+    for file in folder.glob("*.png"):
+        if file.stem not in drawn:
+            file.unlink()
+    write_text(lineage.run / "report.html", render(run, summary, drawn))
+    write_text(lineage.run / "summary.json", summary.model_dump_json(indent=2) + "\n")
+    return summary
+
+
+def draw(run: RunTables) -> dict[str, Plot]:
+    """Draw every plot that the run has data for, by name."""
+    drawn: dict[str, Plot] = {}
+    own = run.students.get(run.experiment.selection.rule)
+    if own is not None:
+        if _any(own.audit, "teacher_threshold") or _any(own.audit, "student_threshold"):
+            drawn["thresholds"] = Plot(
+                plots.thresholds(own.audit),
+                "Thresholds",
+                "A row is kept where its signal reaches the threshold of its label.",
+            )
+        drawn["kept"] = Plot(
+            plots.kept(own.audit),
+            "Rows kept",
+            "Rows that each epoch trained on, and their share of all rows with that label.",
+        )
+        if _any(own.audit, "purity_all"):
+            drawn["purity"] = Plot(
+                plots.purity(own.audit),
+                "Purity of the labels",
+                "How often the teacher's label equals gold. Training never reads gold.",
+            )
+    scores = run.scores
+    if scores is not None and (scores.reliability["before"] or scores.reliability["after"]):
+        drawn["reliability"] = Plot(
+            plots.reliability(scores.reliability["before"], scores.reliability["after"]),
+            "Reliability of the teacher",
+            "On the dotted line, confidence is accuracy. Below: the rows behind each point.",
+        )
+    validated = [_any(student.epochs, "validation_accuracy") for student in run.students.values()]
+    if run.students and (scores is not None or any(validated)):
+        drawn["accuracy"] = Plot(
+            plots.accuracy(
+                {rule: student.epochs for rule, student in run.students.items()},
+                {rule: student.best_epoch for rule, student in run.students.items()},
+                scores.models if scores else {},
+            ),
+            "Accuracy against rows used",
+            "One point per epoch on validation rows; stars are test rows, with 95 % intervals.",
+        )
+    if run.bench is not None:
+        drawn["latency"] = Plot(
+            plots.latency(run.bench.summary),
+            "Latency",
+            "Milliseconds of a request with one text, one client, as the client sees it.",
+        )
+        drawn["cost"] = Plot(
+            plots.cost(run.bench.summary),
+            "Speed and cost",
+            "Teacher and student side by side, measured in the same run.",
+        )
+    return drawn
+
+
+def render(run: RunTables, summary: Summary, drawn: dict[str, Plot]) -> str:
+    """Return the page: no script, no network, every value from the corpus escaped."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "readable": readable,
+        "count": lambda number: f"{number:,}",
+        "score": lambda value: _DASH if value is None else f"{value:.3f}",
+        "share": lambda value: _DASH if value is None else f"{value:.1%}",
+        "duration": _duration,
+    }
+    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        run=run,
+        experiment=run.experiment,
+        summary=summary,
+        results=_results(run, summary),
+        plots=drawn,
+        # The SVG is ours, except for label names, which matplotlib escapes.
+        svgs={name: Markup(to_svg(plot.figure, plot.title)) for name, plot in drawn.items()},  # noqa: S704
+        own=run.students.get(run.experiment.selection.rule),
+        versions=_versions(run),
+        query=_query(run.experiment.serve),
+        settings=json.dumps(as_tree(run.experiment), indent=2, ensure_ascii=False),
+    )
+
+
+def _results(run: RunTables, summary: Summary) -> list[Result]:
+    """Return the result table: the teacher, the student, then what it is compared with."""
+    models = run.scores.models if run.scores else {}
+    bench = summary.bench
+    results = [
+        Result(
+            run.experiment.teacher.model,
+            "teacher",
+            models.get("teacher"),
+            None,
+            bench.teacher if bench else None,
+        )
+    ]
+    if "teacher_uncalibrated" in models:
+        results.append(
+            Result(
+                run.experiment.teacher.model,
+                "teacher, uncalibrated",
+                models["teacher_uncalibrated"],
+                None,
+                None,
+            )
+        )
+    if summary.student is not None:
+        own = summary.student
+        results.append(
+            Result(
+                run.experiment.student.model,
+                f"student, rule {own.rule}",
+                models.get(own.rule),
+                own.rows_used_fraction,
+                bench.student if bench else None,
+            )
+        )
+    results.extend(
+        Result(
+            run.experiment.student.model,
+            f"compared, rule {other.rule}",
+            models.get(other.rule),
+            other.rows_used_fraction,
+            None,
+        )
+        for other in summary.others
+    )
+    return results
+
+
+def _query(serve: ServeSection) -> str:
+    """Return the command that asks the served student, as the experiment would serve it."""
+    host = "127.0.0.1" if serve.host == "0.0.0.0" else serve.host  # noqa: S104  Nothing binds here.
+    port = serve.port or "PORT"
+    token = f' -H "Authorization: Bearer ${serve.token_env}"' if serve.token_env else ""
+    return (
+        f"curl -s http://{host}:{port}/v1/classify -H 'Content-Type: application/json'{token} \\\n"
+        """  -d '{"texts": ["a text to classify", "another"]}'"""
+    )
+
+
+def _versions(run: RunTables) -> dict[str, str]:
+    """Return the versions of each package, more than one where stages ran under different ones."""
+    found: dict[str, dict[str, None]] = {}
+    for manifest in run.manifests.values():
+        for package, version in manifest.versions.items():
+            found.setdefault(package, {})[version] = None
+    return {package: ", ".join(versions) for package, versions in sorted(found.items())}
+
+
+def _any(table: pa.Table, column: str) -> bool:
+    return bool(table[column].null_count < table.num_rows)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(content)
+    os.replace(beside, path)

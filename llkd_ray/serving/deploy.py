@@ -1,0 +1,235 @@
+"""Put a classifier on Ray Serve and take it down again."""
+
+import contextlib
+import functools
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+from ray import serve
+from ray.serve.config import BackpressureConfig
+
+from llkd_ray.config import ServeSection
+from llkd_ray.errors import ClusterError, EndpointError
+from llkd_ray.serving.protocol import (
+    Classifier,
+    ModelCard,
+    application,
+    model_card,
+    token_digest,
+)
+from llkd_ray.serving.student import StudentClassifier, student_labels
+from llkd_ray.serving.teacher import TeacherClassifier, TeacherModel
+from llkd_ray.teacher.engine import engine_environment
+
+APP = "llkd"
+_POLL_S = 0.2
+_SHUTDOWN_S = 30.0
+
+
+class Endpoint:
+    """What runs in a replica: the web application and its model, in one process."""
+
+    def __init__(
+        self, open_model: Callable[[], Classifier], card: ModelCard, digest: bytes | None
+    ) -> None:
+        """Load the model; the replica takes no request before that."""
+        self._classifier = open_model()
+        self._card = card
+        self._digest = digest
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Let Serve ask for the web application, after the constructor."""
+        return application(self._card, self._classifier, self._digest)
+
+    def check_health(self) -> None:
+        """Let Serve replace the replica when this raises."""
+        self._classifier.check_health()
+
+    async def __del__(self) -> None:
+        # Serve awaits this when it stops a replica; a half-built one has no classifier.
+        if hasattr(self, "_classifier"):
+            await self._classifier.close()
+
+
+def student_app(
+    folder: Path, name: str, max_length: int, config: ServeSection
+) -> serve.Application:
+    """Describe the student's endpoint.
+
+    Args:
+        folder: Plain Hugging Face folder, at the same path on every node that serves.
+        name: What the endpoint calls itself.
+        max_length: Tokens of a text that the student reads.
+        config: The endpoint.
+
+    Raises:
+        StudentError: There is no student in the folder.
+        ConfigError: The token's environment variable is empty.
+    """
+    card = model_card("student", name, student_labels(folder), config)
+    return _app(functools.partial(StudentClassifier, folder, max_length, config), card, config, {})
+
+
+def teacher_app(model: TeacherModel, name: str, config: ServeSection) -> serve.Application:
+    """Describe the teacher's endpoint.
+
+    Args:
+        model: Task, engine and calibration.
+        name: What the endpoint calls itself.
+        config: The endpoint.
+
+    Raises:
+        ConfigError: The token's environment variable is empty.
+    """
+    card = model_card("teacher", name, model.task.label_names, config)
+    environment = engine_environment(model.teacher.engine, config.threads_per_replica)
+    return _app(functools.partial(TeacherClassifier, model), card, config, environment)
+
+
+def _app(
+    open_model: Callable[[], Classifier],
+    card: ModelCard,
+    config: ServeSection,
+    environment: dict[str, str],
+) -> serve.Application:
+    deployment: serve.Deployment = serve.deployment(
+        name=card.kind,
+        num_replicas=config.num_replicas,
+        ray_actor_options={
+            "num_cpus": config.cpus_per_replica,
+            "num_gpus": config.gpus_per_replica,
+            "runtime_env": {"env_vars": environment},
+        },
+        # Serve's default of 5 would never fill a batch with small requests.
+        max_ongoing_requests=config.max_ongoing_requests,
+        max_queued_requests=config.max_queued_requests,
+        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
+        # A model that does not load once does not load; the default tries twenty times.
+        max_constructor_retry_count=1,
+        graceful_shutdown_timeout_s=10,
+    )(serve.ingress()(Endpoint))
+    return deployment.bind(open_model, card, token_digest(config.token_env))
+
+
+@contextlib.contextmanager
+def running(
+    app: serve.Application, config: ServeSection, *, free_port: bool = False
+) -> Iterator[str]:
+    """Serve an application for the length of the block; Ray must be connected.
+
+    Where Serve runs on the cluster already, its proxy keeps its address, which `serve.host` and
+    `serve.port` must name, and only the application is taken down at the end.
+
+    Args:
+        app: From `student_app` or `teacher_app`.
+        config: The endpoint.
+        free_port: Take a free port where Serve is started, as `serve.port = 0` does.
+
+    Yields:
+        The base URL, after the endpoint has answered a health check.
+
+    Raises:
+        ClusterError: The port is taken, or 0 where Serve runs already.
+        EndpointError: The endpoint did not start; the sentence holds Serve's reason.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    joins = bool(serve.status().proxies)
+    if joins and config.port == 0:
+        raise ClusterError("Serve runs on this cluster already: set serve.port to its HTTP port")
+    port = config.port if joins else _bindable(config.host, 0 if free_port else config.port)
+    url = f"http://{_reachable(config.host)}:{port}"
+    try:
+        if not joins:
+            serve.start(
+                proxy_location="EveryNode", http_options={"host": config.host, "port": port}
+            )
+        # Not waiting here, so that waiting is ours: with a limit, and with the reason of a failure.
+        serve.run_many(
+            [serve.RunTarget(app, name=APP, route_prefix="/")], wait_for_applications_running=False
+        )
+        _wait_until_running(url, config.start_timeout_s)
+        yield url
+    finally:
+        if joins:
+            serve.delete(APP)
+        else:
+            _shut_serve_down()
+
+
+def _wait_until_running(url: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    reason = "it is still starting"
+    while time.monotonic() < deadline:
+        state = serve.status().applications[APP]
+        match state.status:
+            case "RUNNING":
+                with contextlib.suppress(httpx.TransportError):
+                    # No proxy of the environment stands between us and our own endpoint.
+                    if httpx.get(f"{url}/healthz", timeout=5.0, trust_env=False).is_success:
+                        return
+            case "DEPLOY_FAILED" | "UNHEALTHY":
+                raise EndpointError(f"the endpoint did not start: {_reason(state)}")
+            case _:
+                reason = _reason(state) or reason
+        time.sleep(_POLL_S)
+    raise EndpointError(
+        f"the endpoint at {url} did not start within serve.start_timeout_s = {timeout_s:g}: "
+        f"{reason}"
+    )
+
+
+def _shut_serve_down() -> None:
+    """Stop Serve's actors, and return when they are gone.
+
+    `serve.shutdown` (2.60) waits in a call to the very actor that it ends, and Ray then tells the
+    user that this call has failed. So the actor is asked without waiting in it.
+    """
+    try:
+        controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        ray.get(controller.graceful_shutdown.remote(wait=False))
+        deadline = time.monotonic() + _SHUTDOWN_S
+        while time.monotonic() < deadline:
+            ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+            time.sleep(_POLL_S)
+    except ValueError:  # There is no such actor any more.
+        pass
+    serve.shutdown()  # type: ignore[no-untyped-call]  # Forgets the connection; Ray types nothing.
+
+
+def _reason(state: Any) -> str:
+    """Return Serve's message about the deployment, without the traceback above its last line."""
+    messages = [item.message for item in state.deployments.values()] or [state.message]
+    lines = [line.strip() for line in "\n".join(messages).splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def _bindable(host: str, port: int) -> int:
+    """Return the port, a free one for 0."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ClusterError(
+                f"cannot listen on serve.host = {host!r}, serve.port = {port}: "
+                f"{error.strerror}; serve.port=0 takes a free port"
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+def _reachable(host: str) -> str:
+    """Return the address at which this machine reaches a proxy that listens on the host."""
+    match host:
+        case "0.0.0.0":  # noqa: S104 - compared with, not bound to
+            return "127.0.0.1"
+        case "::":
+            return "[::1]"
+        case _:
+            return f"[{host}]" if ":" in host else host

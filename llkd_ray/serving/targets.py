@@ -1,0 +1,44 @@
+"""From an experiment's artifacts to what Serve runs."""
+
+from typing import Literal
+
+from ray import serve
+
+from llkd_ray.config import ServeSection
+from llkd_ray.lineage import Lineage
+from llkd_ray.serving.deploy import student_app, teacher_app
+from llkd_ray.serving.teacher import TeacherModel
+from llkd_ray.student.train import MODEL
+from llkd_ray.teacher.calibration import Calibration
+
+
+def application_of(
+    target: Literal["student", "teacher"], lineage: Lineage, config: ServeSection
+) -> serve.Application:
+    """Describe the endpoint of an experiment's student or teacher.
+
+    Args:
+        target: Which of the two.
+        lineage: Names the artifacts; the run's folder must be the same on every node.
+        config: The endpoint.
+
+    Raises:
+        ArtifactError: The student, or the teacher's calibration, is not made yet.
+        ConfigError: The token's environment variable is empty.
+    """
+    experiment = lineage.experiment
+    match target:
+        case "student":
+            student = lineage.student().require()
+            folder = (student.path / MODEL).resolve()
+            name = f"student-{student.fingerprint}"
+            return student_app(folder, name, experiment.student.max_length, config)
+        case "teacher":
+            labels = lineage.labels.require()
+            model = TeacherModel(
+                task=experiment.task,
+                teacher=experiment.teacher,
+                calibration=Calibration.read(labels.path / "calibration.json"),
+                cache=experiment.cache,
+            )
+            return teacher_app(model, f"teacher-{labels.fingerprint}", config)

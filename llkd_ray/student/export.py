@@ -1,0 +1,94 @@
+"""The student as others read it: a plain Hugging Face folder with a model card."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llkd_ray.artifacts import write_text
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the model card says."""
+
+    base_model: str
+    label_names: tuple[str, ...]
+    max_length: int
+    rows: int
+    """Rows that the teacher labelled."""
+    rule: str
+    epochs: int
+    details: Mapping[str, Any]
+    """Those of `train.Trained`."""
+
+
+def export(student: Path, out: Path, card: Card) -> None:
+    """Copy a checkpoint's student folder and write its model card.
+
+    `transformers.pipeline("text-classification", out)` loads the result.
+
+    Args:
+        student: Hugging Face folder inside a checkpoint.
+        out: The folder to make; what an earlier try left there is replaced.
+        card: What README.md says.
+    """
+    if out.exists():
+        shutil.rmtree(out)
+    shutil.copytree(student, out)
+    write_text(out / "README.md", _readme(card))
+
+
+def _readme(card: Card) -> str:
+    used = f"{card.details['rows_used_fraction']:.1%}"
+    labels = "\n".join(f"- {name}" for name in card.label_names)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-classification
+tags:
+- distillation
+- llkd
+---
+
+# A text classifier distilled from a large language model
+
+It tells these classes apart:
+
+{labels}
+
+## Use
+
+```python
+from transformers import pipeline
+
+classify = pipeline("text-classification", "PATH/OF/THIS/FOLDER")
+classify("a text")
+```
+
+Texts are read up to {card.max_length} tokens.
+
+## How it was made
+
+- Student before training: `{card.base_model}`, with a fresh classification head.
+- Labels: {card.rows} texts labelled by a language model; no human label was trained on.
+- Rows chosen by the rule `{card.rule}` (LLKD: arXiv 2411.08028): {used} of all row-steps were
+  trained on, in {card.details["steps"]} optimizer steps.
+- {_chosen(card)}
+
+`manifest.json` in the folder above names the settings, inputs, versions and commit.
+
+Labels of a language model are wrong now and then, and a student learns some of its mistakes:
+measure it on texts labelled by people before relying on it.
+"""
+
+
+def _chosen(card: Card) -> str:
+    epoch, accuracy = card.details["best_epoch"], card.details["validation_accuracy"]
+    if accuracy is None:
+        return f"The weights after epoch {epoch}, the last (there was no gold to choose by)."
+    return (
+        f"The weights after epoch {epoch} of {card.epochs}, the best by macro-F1 on the validation "
+        f"split: accuracy {accuracy:.3f}, macro-F1 {card.details['validation_macro_f1']:.3f}. "
+        "Being chosen by them, they are no test scores."
+    )

@@ -1,0 +1,148 @@
+"""Load the student: an encoder with a fresh head before training, a whole classifier after."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.utils import logging as transformers_logging
+
+from llkd_ray import embedded
+from llkd_ray.config import StudentSection
+from llkd_ray.errors import StudentError
+
+
+def locate(model: str) -> Path:
+    """Return the folder of an embedded encoder, or of one the user names.
+
+    Raises:
+        StudentError: There is no such folder, or no safetensors weights in it.
+    """
+    item = embedded.STUDENTS.get(model)
+    folder = embedded.locate(item) if item else Path(model).expanduser().resolve()
+    if not (folder / "config.json").is_file():
+        known = ", ".join(embedded.STUDENTS)
+        raise StudentError(
+            f"student.model = {model!r}: {folder} is no Hugging Face model folder (no config.json "
+            f"in it); name such a folder, or an embedded encoder ({known})"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise StudentError(
+            f"student.model = {model!r}: {folder} holds no *.safetensors weights, and no other "
+            "format is loaded; convert them with save_pretrained of transformers"
+        )
+    return folder
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a model folder.
+
+    Raises:
+        StudentError: There is none that transformers knows, or it cannot pad.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise StudentError(f"{folder}: no tokenizer can be loaded: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        raise StudentError(f"{folder}: the tokenizer has no padding token; the student needs one")
+    return tokenizer
+
+
+def check_student(section: StudentSection) -> None:
+    """Find out on the driver what would otherwise fail on every worker.
+
+    Raises:
+        StudentError: The model cannot be loaded as a classifier, or reads fewer tokens than
+            `student.max_length`.
+    """
+    folder = locate(section.model)
+    tokenizer = load_tokenizer(folder)
+    config = _load_config(folder)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise StudentError(
+            f"{folder}: transformers knows no classifier of the kind {config.model_type!r}; "
+            "choose an encoder such as BERT, RoBERTa, DeBERTa or MiniLM"
+        )
+    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    longest = min(positions, tokenizer.model_max_length)
+    if section.max_length > longest:
+        raise StudentError(
+            f"student.max_length = {section.max_length}: {folder} reads at most {longest} tokens"
+        )
+
+
+def load_encoder(section: StudentSection, label_names: Sequence[str], *, seed: int) -> Any:
+    """Return the encoder with a freshly drawn classification head, in float32.
+
+    Args:
+        section: Which encoder, and its dropout.
+        label_names: Names of the C classes, in the order of the head's outputs.
+        seed: Of the head's first weights.
+
+    Raises:
+        StudentError: It cannot be loaded.
+    """
+    folder = locate(section.model)
+    config = _load_config(folder)
+    config.num_labels = len(label_names)
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: position for position, name in enumerate(label_names)}
+    config.problem_type = "single_label_classification"
+    if section.dropout is not None:
+        # Each architecture has its own names for its dropouts; all of them say what they are.
+        for key, value in config.to_dict().items():
+            if "dropout" in key and (value is None or isinstance(value, float)):
+                setattr(config, key, section.dropout)
+    torch.manual_seed(seed)
+    return _load_model(folder, config=config)
+
+
+def load_student(folder: Path) -> tuple[Any, Any]:
+    """Return model (in evaluation mode, float32) and tokenizer of an exported student.
+
+    Raises:
+        StudentError: The folder holds none.
+    """
+    folder = locate(str(folder))
+    return _load_model(folder, config=_load_config(folder)).eval(), load_tokenizer(folder)
+
+
+def _load_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise StudentError(f"{folder}: config.json cannot be read: {_first_line(error)}") from error
+
+
+def _load_model(folder: Path, *, config: Any) -> Any:
+    # transformers reports at length, as a warning, that a fresh head is fresh.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise StudentError(f"{folder}: the weights do not load: {_first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,224 @@
+"""Score teacher and students side by side on the gold test rows.
+
+Shape legend: N gold test rows, C classes.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llkd_ray import schema
+from llkd_ray.artifacts import Rows, write_text
+from llkd_ray.config import EvaluateSection
+from llkd_ray.corpus import read_shards
+from llkd_ray.errors import ArtifactError
+from llkd_ray.metrics import (
+    Floats,
+    Ints,
+    accuracy,
+    bootstrap_interval,
+    expected_calibration_error,
+    macro_f1,
+    reliability,
+)
+from llkd_ray.student.evaluate import Probabilities, predict
+
+TEACHER, UNCALIBRATED = "teacher", "teacher_uncalibrated"
+_READ_ROWS = 4096
+_Answers = Iterator[tuple[list[str], Probabilities]]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What was scored."""
+
+    rows: Rows
+    """Test rows; those without gold count as rejected."""
+    models: dict[str, schema.ModelScore]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """One model's answers to the gold test rows, in the order of the shards."""
+
+    gold: Ints
+    predicted: Ints
+    confidence: Floats
+    """[N], the model's probability of what it predicted."""
+
+
+def score_models(
+    test: Path,
+    students: Mapping[str, Path],
+    out: Path,
+    *,
+    label_names: Sequence[str],
+    section: EvaluateSection,
+    max_length: int,
+    batch_size: int,
+    seed: int,
+) -> Scored:
+    """Score the teacher, the teacher without calibration, and each student.
+
+    All of them answer the same rows: those that have gold and that the teacher answered.
+
+    Reads:
+        test/shard-*.parquet (schema.labels).
+
+    Writes:
+        out/predictions.parquet (schema.predictions), out/scores.json (schema.ModelScore by model),
+        out/reliability.json (metrics.ReliabilityBin lists of the teacher: `before` and `after`
+        calibration).
+
+    Args:
+        test: The test split of the labels artifact.
+        students: Folder of each exported student, by rule.
+        out: Folder to write into.
+        label_names: The C classes.
+        section: Bins and resamples.
+        max_length: Tokens of a text that a student reads.
+        batch_size: Rows of a student's forward pass.
+        seed: Of the bootstrap; the same resamples for every model.
+
+    Raises:
+        ArtifactError: The teacher labelled no test row, or none of them has gold.
+        StudentError: A student cannot be loaded, or tells other classes apart.
+    """
+    gold, rows = _gold_of(test, label_names)
+    models: dict[str, _Answers] = {
+        TEACHER: _teacher(test, "probabilities"),
+        UNCALIBRATED: _teacher(test, "logprobs"),
+    }
+    for rule, folder in students.items():
+        models[rule] = predict(
+            folder, test, label_names, max_length=max_length, batch_size=batch_size
+        )
+    with pq.ParquetWriter(
+        out / "predictions.parquet", schema.predictions(len(label_names))
+    ) as writer:
+        outcomes = {
+            name: _collect(name, answers, gold, label_names, writer)
+            for name, answers in models.items()
+        }
+    scores = {
+        name: _score(outcome, len(label_names), section, seed) for name, outcome in outcomes.items()
+    }
+    _write_json(out / "scores.json", {name: score.model_dump() for name, score in scores.items()})
+    bins = {
+        moment: reliability(
+            outcomes[name].confidence,
+            outcomes[name].gold == outcomes[name].predicted,
+            section.calibration_bins,
+        )
+        for moment, name in (("before", UNCALIBRATED), ("after", TEACHER))
+    }
+    _write_json(
+        out / "reliability.json",
+        {moment: [asdict(bin_) for bin_ in found] for moment, found in bins.items()},
+    )
+    return Scored(rows, scores)
+
+
+def _gold_of(test: Path, label_names: Sequence[str]) -> tuple[dict[str, int], Rows]:
+    """Return the position of each row's gold by row id, and how many rows there are."""
+    position = {name: index for index, name in enumerate(label_names)}
+    shards = read_shards(test)
+    if not shards:
+        raise ArtifactError(
+            f"{test}: the teacher labelled no test row, so it cannot be scored; give corpus."
+            'test_fraction a share, teacher.splits the name "test", and run python jobs/label.py'
+        )
+    taken = 0
+    gold: dict[str, int] = {}
+    for shard in shards:
+        columns = pq.read_table(shard, columns=["row_id", "gold"]).to_pydict()
+        taken += len(columns["row_id"])
+        pairs = zip(columns["row_id"], columns["gold"], strict=True)
+        gold |= {row_id: position[name] for row_id, name in pairs if name is not None}
+    if not gold:
+        raise ArtifactError(
+            f"{test}: none of the {taken} test rows has gold, so nothing can be scored; name the "
+            "column of human labels in corpus.gold_column, or skip this job"
+        )
+    return gold, Rows(taken=taken, kept=len(gold), rejected=taken - len(gold))
+
+
+def _teacher(test: Path, column: str) -> _Answers:
+    """Yield row ids and the teacher's probabilities, normalized over the classes."""
+    for shard in read_shards(test):
+        with pq.ParquetFile(shard) as file:
+            for batch in file.iter_batches(_READ_ROWS, columns=["row_id", column]):
+                flat = batch.column(column).flatten().to_numpy(zero_copy_only=False)
+                values = flat.reshape(len(batch), -1)
+                yield (
+                    batch.column("row_id").to_pylist(),
+                    _softmax(values) if column == "logprobs" else values,
+                )
+
+
+def _softmax(logprobs: Probabilities) -> Probabilities:
+    scaled = np.exp(logprobs - logprobs.max(axis=1, keepdims=True))
+    probabilities: Probabilities = scaled / scaled.sum(axis=1, keepdims=True)
+    return probabilities
+
+
+def _collect(
+    name: str,
+    answers: _Answers,
+    gold: Mapping[str, int],
+    label_names: Sequence[str],
+    writer: pq.ParquetWriter,
+) -> _Outcome:
+    """Write one model's predictions and keep what scoring needs."""
+    num_classes = len(label_names)
+    parts = []
+    for row_ids, probabilities in answers:
+        known = np.array([row_id in gold for row_id in row_ids], dtype=np.bool_)
+        chosen = probabilities[known]
+        ids = [row_id for row_id in row_ids if row_id in gold]
+        truth = np.array([gold[row_id] for row_id in ids], dtype=np.int64)
+        predicted = chosen.argmax(axis=1)
+        parts.append((truth, predicted, chosen.max(axis=1, initial=0.0).astype(np.float64)))
+        flat = pa.array(chosen.ravel(), pa.float32())
+        writer.write_table(
+            pa.table(
+                {
+                    "model": pa.array([name] * len(ids), pa.string()),
+                    "row_id": pa.array(ids, pa.string()),
+                    "gold": pa.array([label_names[y] for y in truth], pa.string()),
+                    "predicted": pa.array([label_names[y] for y in predicted], pa.string()),
+                    "probabilities": pa.FixedSizeListArray.from_arrays(flat, num_classes),
+                },
+                schema=schema.predictions(num_classes),
+            )
+        )
+    return _Outcome(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _score(
+    outcome: _Outcome, num_classes: int, section: EvaluateSection, seed: int
+) -> schema.ModelScore:
+    gold, predicted, confidence = outcome.gold, outcome.predicted, outcome.confidence
+    bins = section.calibration_bins
+
+    def bounded(statistic: Callable[[Ints], float]) -> schema.Bounded:
+        interval = bootstrap_interval(statistic, len(gold), section.bootstrap_resamples, seed)
+        return schema.Bounded(**asdict(interval))
+
+    return schema.ModelScore(
+        accuracy=bounded(lambda of: accuracy(gold[of], predicted[of])),
+        macro_f1=bounded(lambda of: macro_f1(gold[of], predicted[of], num_classes)),
+        ece=bounded(
+            lambda of: expected_calibration_error(confidence[of], gold[of] == predicted[of], bins)
+        ),
+        rows=len(gold),
+    )
+
+
+def _write_json(path: Path, tree: object) -> None:
+    write_text(path, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
