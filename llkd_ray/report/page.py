@@ -220,6 +220,8 @@ def _any(table: pa.Table, column: str) -> bool:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

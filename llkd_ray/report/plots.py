@@ -7,7 +7,7 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from llkd_ray.metrics import Floats, ReliabilityBin
 from llkd_ray.report.figures import INK, MARKERS, SERIES, STUDENT, TEACHER, styled
@@ -82,9 +82,7 @@ def kept(audit: pa.Table) -> Figure:
             )
     axes.set_xlabel("epoch")
     axes.tick_params(length=0)
-    figure.colorbar(
-        image, ax=axes, label="share of the class's rows kept", format=PercentFormatter(1.0)
-    )
+    figure.colorbar(image, ax=axes, label="share of the class's rows kept", format=_percent())
     return figure
 
 
@@ -109,7 +107,7 @@ def purity(audit: pa.Table) -> Figure:
     above.set_title("All classes, by epoch")
     above.set_xlabel("epoch")
     above.set_ylabel("labels that are right")
-    above.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    above.yaxis.set_major_formatter(_percent())
     above.xaxis.set_major_locator(MaxNLocator(integer=True))
     above.legend(loc="best")
     position = np.arange(shown)
@@ -121,7 +119,7 @@ def purity(audit: pa.Table) -> Figure:
     below.set_ylim(shown - 0.5, -0.5)
     below.set_title(f"By class, epoch {epochs[-1]}")
     below.set_xlabel("labels that are right")
-    below.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    below.xaxis.set_major_formatter(_percent())
     return figure
 
 
@@ -196,7 +194,7 @@ def accuracy(
     axes.set_xlabel("rows trained on, summed over the epochs")
     axes.set_ylabel("accuracy on gold")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(_percent())
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
@@ -240,6 +238,11 @@ def cost(bench: BenchSummary) -> Figure:
         _log_axis(axes)
         axes.grid(visible=False, axis="x")
     return figure
+
+
+def _percent() -> FuncFormatter:
+    """Return a formatter of shares that writes 60% and 62.5%, not 60.0% and 62%."""
+    return FuncFormatter(lambda share, _position: f"{100 * share:.4g}%")
 
 
 def _log_axis(axes: Axes) -> None:
