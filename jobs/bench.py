@@ -58,10 +58,9 @@ def bench(experiment: Experiment) -> None:
 
 def measure(experiment: Experiment, measures: "list[Measure]") -> "dict[str, Measurement]":
     """Measure one endpoint after the other; two at once would share the machine."""
-    from tqdm import tqdm
-
     from llkd_ray.bench import load
     from llkd_ray.cluster import ray_session
+    from llkd_ray.progress import progress
 
     section = experiment.bench
     urls = {"student": section.student_url, "teacher": section.teacher_url}
@@ -75,7 +74,7 @@ def measure(experiment: Experiment, measures: "list[Measure]") -> "dict[str, Mea
         for name in ENDPOINTS:
             with (
                 endpoint(experiment, name, urls[name]) as url,
-                tqdm(total=total, desc=f"bench {name}", unit=" texts", disable=None) as bar,
+                progress(f"bench {name}", "texts", total) as bar,
             ):
                 measured[name] = load.measure(
                     url,

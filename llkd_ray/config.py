@@ -225,11 +225,12 @@ class TrainSection(Section):
     """Rows of one forward pass when the student is only scored."""
     learning_rate: PositiveFloat = 5e-5
     warmup_fraction: Fraction = 0.1
-    """Share of the planned steps over which the learning rate rises; then it falls to zero."""
+    """Share of the training over which the learning rate rises; then it falls to zero."""
     weight_decay: NonNegativeFloat = 0.01
     max_grad_norm: PositiveFloat = 1.0
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO: partitions the optimizer (1), the gradients too (2), the weights too (3)."""
+    """DeepSpeed ZeRO: partitions the optimizer (1), the gradients too (2), the weights too (3). 0
+    is the fastest where a worker has room for all of them."""
     bf16: bool = False
     """Train in bfloat16, where the hardware has it."""
 

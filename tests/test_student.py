@@ -345,6 +345,8 @@ def assert_same_run(out, trained, unbroken):
 
 @pytest.mark.slow
 def test_training_survives_a_worker_that_is_killed(tmp_path, folders, small_encoder, unbroken):
+    killed = []
+
     def kill_one():
         wait_for((tmp_path / "ray_train/epoch-0001/progress.json").exists)
         workers = [
@@ -353,11 +355,13 @@ def test_training_survives_a_worker_that_is_killed(tmp_path, folders, small_enco
             if "RayTrainWorker" in " ".join(process.cmdline())
         ]
         workers[0].kill()
+        killed.append(workers[0].pid)
 
     killer = threading.Thread(target=kill_one)
     killer.start()
     trained = train_small(*folders, tmp_path, small_encoder, max_failures=1)
     killer.join()
+    assert killed
     assert_same_run(tmp_path, trained, unbroken)
 
 

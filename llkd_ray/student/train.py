@@ -35,7 +35,7 @@ from ray.util.queue import Empty, Queue
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from llkd_ray import schema
+from llkd_ray import embedded, schema
 from llkd_ray.artifacts import Rows
 from llkd_ray.config import AllRule, LLKDRule, StudentSection, TrainSection
 from llkd_ray.corpus import read_shards
@@ -116,7 +116,7 @@ def train(
         validation=validation.resolve() if has_gold else None,
         label_names=label_names,
         selection=selection,
-        student=student,
+        student=_found_from_anywhere(student),
         train=section,
         seed=seed,
     )
@@ -296,6 +296,13 @@ def _warn_of_no_room(num_workers: int, resources: dict[str, float]) -> None:
                 "(or lower train.num_workers)",
                 *(num_workers * amount, name, there.get(name, 0)),
             )
+
+
+def _found_from_anywhere(student: StudentSection) -> StudentSection:
+    """Make the folder of a model absolute: Ray Train's workers run in folders of their own."""
+    if student.model in embedded.STUDENTS:
+        return student
+    return student.model_copy(update={"model": str(Path(student.model).expanduser().resolve())})
 
 
 def _drop_broken_run(run: Path) -> None:
