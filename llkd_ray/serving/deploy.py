@@ -198,7 +198,7 @@ def _shut_serve_down() -> None:
     in it, and without other tries.
     """
     with contextlib.suppress(ValueError, ray.exceptions.RayActorError):  # It is gone.
-        controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
         shutdown = controller.graceful_shutdown.options(max_task_retries=0)
         ray.get(shutdown.remote(wait=False))
         deadline = time.monotonic() + _SHUTDOWN_S

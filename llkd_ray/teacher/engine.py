@@ -22,6 +22,8 @@ def engine_environment(engine: EngineSection, threads: int) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "GOMP_SPINCOUNT": "2000",
+        "KMP_BLOCKTIME": "1",
     }
 
 
