@@ -1,6 +1,7 @@
 """The one grammar of all jobs: EXPERIMENT.toml [section.key=value ...] [--dry-run]."""
 
 import argparse
+import io
 import json
 import logging
 import sys
@@ -43,6 +44,9 @@ def run_job(
         help="print the resolved experiment and stop",
     )
     arguments = parser.parse_args(argv)
+    # What a stage has written shows at once and in order, in a log file too.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     # Ray and vLLM log through the root logger too; ours says what was done, theirs what is wrong.
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("llkd_ray").setLevel(logging.INFO)

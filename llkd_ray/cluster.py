@@ -15,7 +15,9 @@ from llkd_ray.errors import ClusterError
 _QUIET = (
     "ray._private.authentication",
     "ray._private.worker",
+    "ray.data._internal.execution.streaming_executor",
     "ray.data._internal.progress",
+    "ray.llm",
 )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -137,7 +138,7 @@ def _load_model(folder: Path, *, config: Any) -> Any:
             local_files_only=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise StudentError(f"{folder}: the weights do not load: {_first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
