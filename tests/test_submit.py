@@ -33,10 +33,12 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture(scope="module")
 def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A cluster of one node started from the command line; its jobs are submitted to this URL."""
-    gcs, http = free_ports(2)
+    gcs, http, agent = free_ports(3)
     log = tmp_path_factory.mktemp("cluster") / "log"
     start = [BIN / "ray", "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2"]
     start += [f"--dashboard-port={http}", "--node-ip-address=127.0.0.1"]
+    # The session's private Ray has an agent on this machine too.
+    start += [f"--dashboard-agent-listen-port={agent}"]
     start += ["--object-store-memory=200000000", "--disable-usage-stats"]
     with (
         log.open("w") as output,
@@ -46,7 +48,9 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     ):
         url = f"http://127.0.0.1:{http}"
         deadline = time.monotonic() + 60
-        while not answers(url):
+        while not (
+            answers(f"{url}/api/version") and answers(f"http://127.0.0.1:{agent}/api/healthz")
+        ):
             assert cluster.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.5)
@@ -56,7 +60,7 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/api/version", timeout=5) as response:  # noqa: S310
+        with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310
             return bool(response.status == 200)
     except (urllib.error.URLError, TimeoutError, ConnectionError):
         return False
