@@ -32,7 +32,10 @@ echo "setting up .venv (once, some minutes) ..."
 install=(.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-compile)
 if ! .venv/bin/python -m pip show -qq "${torch%%=*}" 2>/dev/null; then
     "${install[@]}" "$torch" 2>/dev/null ||
-        "${install[@]}" "$torch" --index-url https://download.pytorch.org/whl/cpu
+        "${install[@]}" "$torch" --index-url https://download.pytorch.org/whl/cpu || {
+        echo "error: pip finds no $torch, neither where it looks by itself nor at PyTorch's CPU index" >&2
+        exit 1
+    }
 fi
 for entry in "${missing[@]}"; do
     read -r file stamp want <<<"$entry"
