@@ -28,8 +28,7 @@ command -v g++ >/dev/null || {
 
 echo "setting up .venv (once, some minutes) ..."
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-# Bytecode is written on first import, for what is imported.
-install=(.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-compile)
+install=(.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps)
 if ! .venv/bin/python -m pip show -qq "${torch%%=*}" 2>/dev/null; then
     "${install[@]}" "$torch" 2>/dev/null ||
         "${install[@]}" "$torch" --index-url https://download.pytorch.org/whl/cpu || {
