@@ -1,9 +1,15 @@
 """Let the teacher label the corpus: a label and a calibrated confidence for every row."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from llkd_ray.cli import run_job
 from llkd_ray.config import Experiment
+
+# Fewer shards are calibrated before a Ray of their own would have started.
+_SHARDS_FOR_RAY = 32
 
 
 def label(experiment: Experiment) -> None:
@@ -27,24 +33,26 @@ def read_out(experiment: Experiment) -> None:
     from llkd_ray.cluster import ray_session
     from llkd_ray.lineage import Lineage
     from llkd_ray.teacher import readouts
-    from llkd_ray.teacher.pretrained import teacher_folder
+    from llkd_ray.teacher.actor import Opening
+    from llkd_ray.teacher.ledger import Ledger
 
     lineage = Lineage(experiment)
-    model = teacher_folder(experiment.teacher.model, experiment.cache)
-    with make(lineage.readouts, resume=True) as draft, ray_session(experiment.ray):
+    opening = Opening.of(experiment)
+    prompt = opening.prompt()
+    if prompt is not None:
+        print(f"label: {prompt.readout.why}")
+    ledger = Ledger(lineage.ledger.resolve(), len(experiment.task.labels))
+    ledger.open(lineage.asking)
+    with make(lineage.readouts) as draft, ray_session(experiment.ray):
         answered = readouts.read_out(
-            lineage.corpus.path.resolve(),
-            draft.folder.resolve(),
-            experiment.task,
-            experiment.teacher,
-            model,
+            lineage.corpus.path.resolve(), draft.folder.resolve(), opening, ledger
         )
         kept = answered.taken - answered.rejected
         draft.rows = Rows(taken=answered.taken, kept=kept, rejected=answered.rejected)
-        draft.details = asdict(answered)
+        draft.details = {**asdict(answered), "model": lineage.asking["model"]}
     print(
-        f"label: wrote {lineage.readouts.path}: {answered.answered_now} rows at "
-        f"{answered.rows_per_s:.1f} rows/s, {answered.rejected} rejected"
+        f"label: wrote {lineage.readouts.path}: asked about {answered.answered_now} rows at "
+        f"{answered.rows_per_s:.1f} rows/s, {answered.rejected} of {answered.taken} rejected"
     )
 
 
@@ -52,21 +60,23 @@ def calibrate(experiment: Experiment) -> None:
     """Turn the stored answers into labels: cheap, whenever the calibration changes."""
     from dataclasses import asdict
 
-    from llkd_ray.artifacts import make
+    from llkd_ray.artifacts import Rows, make
     from llkd_ray.lineage import Lineage
     from llkd_ray.teacher import label
 
     lineage = Lineage(experiment)
-    with make(lineage.labels) as draft:
+    with make(lineage.labels) as draft, _shard_by_shard(experiment) as each:
         labelled = label.label(
             lineage.corpus.path,
             lineage.readouts.path,
             draft.folder,
             experiment.calibration,
             experiment.task.label_names,
+            max_rejected_fraction=experiment.teacher.max_rejected_fraction,
+            each=each,
         )
-        asked = lineage.readouts.manifest().rows
-        draft.rows = asked
+        taken = lineage.readouts.manifest().rows.taken
+        draft.rows = Rows(taken=taken, kept=labelled.rows, rejected=labelled.rejected)
         draft.details = asdict(labelled)
     quality = (
         ""
@@ -80,5 +90,56 @@ def calibrate(experiment: Experiment) -> None:
     )
 
 
+@contextlib.contextmanager
+def _shard_by_shard(experiment: Experiment) -> Iterator[Any]:
+    """Give a `map` over shards: Ray's tasks where there are many, this process for a few."""
+    from llkd_ray.cluster import each, ray_session
+    from llkd_ray.lineage import Lineage
+
+    if len(list(Lineage(experiment).readouts.path.glob("*/shard-*.parquet"))) < _SHARDS_FOR_RAY:
+        yield map
+        return
+    with ray_session(experiment.ray):
+        yield each
+
+
+def print_plan(experiment: Experiment) -> None:
+    """Print prompts, tokens, hours and cost; no weights are loaded."""
+    from llkd_ray.lineage import Lineage
+    from llkd_ray.teacher.actor import Opening
+    from llkd_ray.teacher.ledger import Ledger
+    from llkd_ray.teacher.plan import describe, plan
+    from llkd_ray.teacher.status import measured, status
+
+    lineage = Lineage(experiment)
+    if not lineage.corpus.made:
+        print("no plan yet: run python jobs/prepare.py with this experiment first")
+        return
+    ledger = Ledger(lineage.ledger, len(experiment.task.labels))
+    splits = list(status(lineage.corpus.path, experiment.teacher, ledger))
+    done = sum(split.rows - split.left for split in splits)
+    rate = measured(lineage.run, lineage.asking["model"])
+    print(describe(plan(lineage.corpus.path, Opening.of(experiment), done, rate)))
+
+
+def print_status(experiment: Experiment) -> None:
+    """Print rows done, left and rejected; a running job is not disturbed."""
+    from llkd_ray.lineage import Lineage
+    from llkd_ray.teacher.ledger import Ledger
+    from llkd_ray.teacher.status import status
+
+    lineage = Lineage(experiment)
+    lineage.corpus.require()
+    ledger = Ledger(lineage.ledger, len(experiment.task.labels))
+    print(f"{lineage.ledger}")
+    print(f"{'split':12}{'rows':>12}{'done':>12}{'rejected':>12}{'left':>12}")
+    for split in status(lineage.corpus.path, experiment.teacher, ledger):
+        print(
+            f"{split.split:12}{split.rows:>12}{split.done:>12}{split.rejected:>12}{split.left:>12}"
+        )
+    for artifact in (lineage.readouts, lineage.labels):
+        print(f"{artifact.path} {'is there' if artifact.made else 'is not made yet'}")
+
+
 if __name__ == "__main__":
-    sys.exit(run_job(str(__doc__), label))
+    sys.exit(run_job(str(__doc__), label, dry_run=print_plan, status=print_status))

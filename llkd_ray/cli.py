@@ -16,6 +16,7 @@ def run_job(
     job: Callable[[Experiment], None],
     *,
     dry_run: Callable[[Experiment], None] | None = None,
+    status: Callable[[Experiment], None] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Read the experiment and run a job on it.
@@ -25,6 +26,7 @@ def run_job(
         job: Does the work. Its heavy imports belong inside it: a typo in the experiment is
             answered before anything is imported.
         dry_run: Prints what the job would do, after the resolved experiment.
+        status: Prints how far the job is; gives it a `--status`.
         argv: Arguments, those of the process when not given.
 
     Returns:
@@ -43,6 +45,8 @@ def run_job(
         action="store_true",
         help="print the resolved experiment and stop",
     )
+    if status is not None:
+        parser.add_argument("--status", action="store_true", help="print how far it is and stop")
     arguments = parser.parse_args(argv)
     # What a stage has written shows at once and in order, in a log file too.
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -52,7 +56,9 @@ def run_job(
     logging.getLogger("llkd_ray").setLevel(logging.INFO)
     try:
         experiment = load_experiment(arguments.experiment, arguments.overrides)
-        if arguments.dry_run:
+        if status is not None and arguments.status:
+            status(experiment)
+        elif arguments.dry_run:
             print(json.dumps(as_tree(experiment), indent=2, ensure_ascii=False))
             if dry_run is not None:
                 dry_run(experiment)

@@ -9,9 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from llkd_ray import embedded, sources
-from llkd_ray.artifacts import Artifact
-from llkd_ray.config import Experiment, as_tree, rule_named
+from llkd_ray.artifacts import Artifact, fingerprint
+from llkd_ray.config import (
+    Experiment,
+    HTTPTeacher,
+    ScriptedTeacher,
+    VLLMTeacher,
+    as_tree,
+    rule_named,
+)
 
 
 class Lineage:
@@ -35,27 +44,70 @@ class Lineage:
             {
                 "corpus": as_tree(experiment.corpus),
                 "source": sources.identity(experiment.corpus),
-                "labels": as_tree(experiment.task)["labels"],
+                "labels": [
+                    {"name": label.name, "gold": list(label.gold)}
+                    for label in experiment.task.labels
+                ],
                 "examples": [example.text for example in experiment.task.examples],
+                "pool": self._pool,
             },
         )
 
     @cached_property
+    def asking(self) -> Mapping[str, Any]:
+        """All that decides what the teacher answers about a text, the text aside."""
+        experiment = self.experiment
+        task = as_tree(experiment.task)
+        teacher = experiment.teacher
+        told = {
+            "instruction": task["instruction"],
+            "text_prefix": task["text_prefix"],
+            "label_prefix": task["label_prefix"],
+            "labels": [
+                {key: label[key] for key in ("name", "words", "description")}
+                for label in task["labels"]
+            ],
+            "examples": task["examples"],
+            "pool": [] if teacher.shots.kind == "fixed" else self._pool,
+        }
+        match teacher:
+            case VLLMTeacher(engine=engine):
+                decoding = _only(engine, "dtype", "max_model_len", "quantization", "block_size")
+            case HTTPTeacher():
+                decoding = _only(teacher, "url", "api", "top_logprobs", "votes", "vote_temperature")
+            case ScriptedTeacher():
+                decoding = {}
+        return {
+            # Raised when the same settings come to make another prompt or read-out.
+            "format": 1,
+            "task": told,
+            "kind": teacher.kind,
+            "model": embedded.revision(teacher.model),
+            "readout": teacher.readout,
+            "prompt": as_tree(teacher.prompt),
+            "shots": as_tree(teacher.shots),
+            "decoding": decoding,
+        }
+
+    @property
+    def ledger(self) -> Path:
+        """Folder of the answers that were ever given to this way of asking."""
+        return self.run / f"ledger-{fingerprint(self.asking)}"
+
+    @cached_property
     def readouts(self) -> Artifact:
-        """The teacher's raw log-probabilities: the expensive part, never made twice."""
-        teacher = as_tree(self.experiment.teacher)
-        engine = {key: teacher["engine"][key] for key in ("dtype", "max_model_len", "quantization")}
+        """The teacher's raw log-probabilities about this corpus."""
+        asked = _only(
+            self.experiment.teacher,
+            "splits",
+            "max_unlabeled_rows",
+            "attempts",
+            "max_rejected_fraction",
+        )
         return self._artifact(
             "readouts",
             "label",
-            {
-                "task": as_tree(self.experiment.task),
-                "model": embedded.revision(self.experiment.teacher.model),
-                "splits": teacher["splits"],
-                "max_unlabeled_rows": teacher["max_unlabeled_rows"],
-                "engine": engine,
-                "max_rejected_fraction": teacher["max_rejected_fraction"],
-            },
+            {"asking": fingerprint(self.asking), **asked},
             self.corpus,
         )
 
@@ -114,12 +166,29 @@ class Lineage:
             {
                 "bench": as_tree(experiment.bench),
                 "serve": as_tree(experiment.serve),
-                "engine": as_tree(experiment.teacher.engine),
-                "threads": experiment.teacher.actors.threads,
+                "teacher": self._serving_teacher,
             },
             self.labels,
             self.student(),
         )
+
+    @property
+    def _serving_teacher(self) -> Mapping[str, Any]:
+        """What decides the speed of the teacher when it is served."""
+        teacher = self.experiment.teacher
+        if not isinstance(teacher, VLLMTeacher):
+            return {}
+        return {"engine": as_tree(teacher.engine), "threads": teacher.actors.threads}
+
+    @cached_property
+    def _pool(self) -> list[Any]:
+        """Name the exact content of the gold pool."""
+        task, corpus = self.experiment.task, self.experiment.corpus
+        if task.examples_source is None:
+            return []
+        read = _only(corpus, "text_column", "gold_column", "max_text_chars")
+        gold = [[label.name, *label.gold] for label in task.labels]
+        return [*sources.identity(corpus, task.examples_source), task.max_examples, read, gold]
 
     def _artifact(
         self, noun: str, job: str, settings: Mapping[str, Any], *inputs: Artifact
@@ -136,3 +205,9 @@ class Lineage:
             settings={"format": 1, **settings},
             inputs={key: item.fingerprint for key, item in zip(keys, inputs, strict=True)},
         )
+
+
+def _only(section: BaseModel, *keys: str) -> dict[str, Any]:
+    """Return some keys of a section."""
+    tree = as_tree(section)
+    return {key: tree[key] for key in keys}

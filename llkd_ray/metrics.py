@@ -33,8 +33,10 @@ def macro_f1(gold: Ints, predicted: Ints, num_classes: int) -> float:
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """One bin of a reliability diagram."""
+    """Rows of about the same confidence: what it promises, and what is right."""
 
+    position: int
+    """From 0, the least confident."""
     lower: float
     upper: float
     rows: int
@@ -49,6 +51,7 @@ def reliability(
     index = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     return [
         ReliabilityBin(
+            position=bin_,
             lower=bin_ / bins,
             upper=(bin_ + 1) / bins,
             rows=int(inside.sum()),
@@ -70,6 +73,57 @@ def expected_calibration_error(
     table = reliability(confidence, correct, bins)
     gaps = sum(bin_.rows * abs(bin_.mean_confidence - bin_.accuracy) for bin_ in table)
     return gaps / sum(bin_.rows for bin_ in table)
+
+
+def reliability_by_rank(
+    confidence: Floats, correct: npt.NDArray[np.bool_], parts: int
+) -> list[ReliabilityBin]:
+    """Cut rows sorted by confidence into equally many; empty parts are left out.
+
+    Rows of equal confidence stay in the order given. A part's bounds are the least and the most
+    confidence in it.
+    """
+    ranked = np.array_split(np.argsort(confidence, kind="stable"), parts)
+    return [
+        ReliabilityBin(
+            position=position,
+            lower=float(confidence[inside[0]]),
+            upper=float(confidence[inside[-1]]),
+            rows=len(inside),
+            mean_confidence=float(confidence[inside].mean()),
+            accuracy=float(correct[inside].mean()),
+        )
+        for position, inside in enumerate(ranked)
+        if len(inside)
+    ]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How often answers are right, and whether their confidence knows it."""
+
+    rows: int
+    accuracy: float
+    macro_f1: float
+    ece: float
+    """Expected calibration error, 0 best."""
+    accuracy_confident_half: float
+    """Of the half of the rows with the most confidence."""
+
+
+def quality(
+    gold: Ints, predicted: Ints, confidence: Floats, num_classes: int, bins: int
+) -> Quality:
+    """Judge answers to N rows, at least 1, by gold; all arrays [N]."""
+    correct = gold == predicted
+    confident = np.argsort(confidence, kind="stable")[len(gold) // 2 :]
+    return Quality(
+        rows=len(gold),
+        accuracy=accuracy(gold, predicted),
+        macro_f1=macro_f1(gold, predicted, num_classes),
+        ece=expected_calibration_error(confidence, correct, bins),
+        accuracy_confident_half=float(correct[confident].mean()),
+    )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,10 @@ from typing import Any
 from tqdm import tqdm
 
 _SECONDS_BETWEEN_LINES = 10.0
+_LINE = (
+    "{desc}: {n_fmt} of {total_fmt}{unit} ({percentage:.0f}%), {rate_fmt}, "
+    "{elapsed} passed, {remaining} to go{postfix}"
+)
 
 
 class _Lines:
@@ -32,4 +36,9 @@ def progress(name: str, unit: str, total: int | None = None, done: int = 0) -> A
     settings = {"desc": name, "unit": f" {unit}", "total": total, "initial": done}
     if sys.stderr.isatty():
         return tqdm(**settings)
-    return tqdm(**settings, file=_Lines(), mininterval=_SECONDS_BETWEEN_LINES, ncols=80)
+    return tqdm(
+        **settings,
+        file=_Lines(),
+        mininterval=_SECONDS_BETWEEN_LINES,
+        bar_format=_LINE if total else None,
+    )

@@ -3,8 +3,15 @@
 C is the number of classes; probability vectors follow the order of task.labels.
 """
 
+from typing import get_args
+
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
+
+from llkd_ray.config import CalibrationSection
+
+CALIBRATIONS: tuple[str, ...] = get_args(CalibrationSection.model_fields["kind"].annotation)
+"""Kinds of calibration, from none to the one that asks most."""
 
 TEXT = pa.schema(
     [
@@ -34,13 +41,19 @@ def readouts(num_classes: int) -> pa.Schema:
             pa.field("logprobs", pa.list_(pa.float32(), num_classes)),
             pa.field("prompt_tokens", pa.int32(), nullable=False),
             pa.field("cached_tokens", pa.int32(), nullable=False),  # of these, from the cache
+            pa.field("cut_tokens", pa.int32(), nullable=False),  # of the text, left out to fit
             pa.field("error", pa.string()),  # why there are no logprobs, else null
         ]
     )
 
 
 def labels(num_classes: int) -> pa.Schema:
-    """Return the columns of labels/SPLIT/shard-*.parquet."""
+    """Return the columns of labels/SPLIT/shard-*.parquet.
+
+    Label, confidence and probabilities are those of the chosen calibration. Beside them stands the
+    confidence that each calibration would give, in the label that it would choose; null where that
+    calibration could not be fitted.
+    """
     return pa.schema(
         [
             *TEXT,
@@ -49,8 +62,26 @@ def labels(num_classes: int) -> pa.Schema:
             pa.field("probabilities", pa.list_(pa.float32(), num_classes), nullable=False),
             pa.field("logprobs", pa.list_(pa.float32(), num_classes), nullable=False),
             pa.field("label_mass", pa.float32(), nullable=False),  # sum of raw probabilities
+            *(pa.field(f"confidence_{kind}", pa.float32()) for kind in CALIBRATIONS),
         ]
     )
+
+
+RELIABILITY = pa.schema(
+    [
+        pa.field("calibration", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+        # `bin`: ten equally wide ranges of confidence; `decile`: ten times equally many rows.
+        pa.field("table", pa.string(), nullable=False),
+        pa.field("position", pa.int32(), nullable=False),  # 0 to 9; empty ones are left out
+        pa.field("rows", pa.int64(), nullable=False),
+        pa.field("confidence_mean", pa.float64(), nullable=False),
+        pa.field("accuracy", pa.float64(), nullable=False),
+        pa.field("lower", pa.float64(), nullable=False),  # of the confidence
+        pa.field("upper", pa.float64(), nullable=False),
+    ]
+)
+"""labels/reliability.parquet: every calibration against gold, on the rows that have it."""
 
 
 AUDIT = pa.schema(
@@ -148,14 +179,22 @@ class CorpusSummary(_Keys):
 
 
 class LabelsSummary(_Keys):
-    """The teacher on the unlabeled split; accuracies are null where there is no gold."""
+    """The teacher on the unlabeled split; its quality is null where there is no gold."""
 
     rows: int
     rejected: int
+    rejected_label_mass: int
+    """Of the rejected: its labels together had less probability than was asked for."""
     duplicates: int
     """Rows that stand twice among the labels: 0, or something is broken."""
+    cut_rows: int | None
+    """Rows of which the teacher did not read all, in all splits; null where nobody counted."""
+    calibration: str
     accuracy: float | None
     accuracy_uncalibrated: float | None
+    accuracy_confident_half: float | None
+    """Of the half of the rows with the most confidence."""
+    macro_f1: float | None
     ece: float | None
     rows_per_s: float
     """Rows answered over seconds between first and last answer of the last call; all splits."""

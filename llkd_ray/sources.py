@@ -1,17 +1,20 @@
 """Read a corpus from wherever it lies, row by row: built in, Parquet, CSV or JSON lines.
 
 A row that cannot be read as such is handed on as `Unreadable`, so that the caller can keep it
-aside; a file that cannot be read at all is a `CorpusError`.
+aside. So is a whole file, where `corpus.skip_unreadable_files` says to go on without it; else it is
+a `CorpusError`. Bytes that are not UTF-8 become lone surrogates, which no valid text holds.
 """
 
+import csv
+import io
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, AnyStr
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.fs
 import pyarrow.parquet as pq
 
@@ -19,7 +22,17 @@ from llkd_ray import embedded
 from llkd_ray.config import CorpusSection
 from llkd_ray.errors import CorpusError
 
+_log = logging.getLogger(__name__)
+
 _FORMATS = (".parquet", ".csv", ".jsonl")
+
+# Rows of Parquet that are held at once: so many, and not much more than so many bytes.
+_BATCH_ROWS = 4096
+_BATCH_BYTES = 64_000_000
+
+# A line or field beyond this is a file gone wrong, a quote left open for instance; it bounds what
+# is held of a file that has no line ends at all.
+_MAX_LINE = 256_000_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,7 @@ class SourceRow:
     """A row as it was found."""
 
     where: str
-    """File name and row number, from 0."""
+    """File name and row number, from 0; the path of a file that cannot be read."""
     text: object
     gold: object
 
@@ -52,49 +65,75 @@ class _File:
         return self.path.rsplit("/", 1)[-1]
 
 
-def identity(config: CorpusSection) -> list[str]:
-    """Name the exact content of the source: package and version, or size and time of each file.
+def identity(config: CorpusSection, examples_source: str | None = None) -> list[str]:
+    """Name the exact content of a source: package and version, or size and time of each file.
+
+    Args:
+        config: Names the source.
+        examples_source: `task.examples_source`, to be read in the place of `config.source`.
 
     Raises:
-        CorpusError: There is nothing at `config.source`.
+        CorpusError: There is nothing at the source.
     """
-    if config.source in embedded.CORPORA:
-        return [embedded.revision(config.source)]
-    return [f"{file.path} {file.size_bytes} {file.mtime_ns}" for file in _files(config.source)]
+    source = config.source if examples_source is None else examples_source
+    if source in embedded.CORPORA:
+        return [embedded.revision(source)]
+    files = _files(config, examples_source)
+    return [f"{file.path} {file.size_bytes} {file.mtime_ns}" for file in files]
 
 
 def size_bytes(config: CorpusSection) -> int:
     """Return the size of the source on disk in bytes."""
     if config.source in embedded.CORPORA:
         return embedded.locate(embedded.CORPORA[config.source]).stat().st_size
-    return sum(file.size_bytes for file in _files(config.source))
+    return sum(file.size_bytes for file in _files(config))
 
 
-def read(config: CorpusSection) -> Iterator[SourceRow]:
-    """Yield every row of the source, in order, in bounded memory.
+def read(config: CorpusSection, examples_source: str | None = None) -> Iterator[SourceRow]:
+    """Yield every row of a source, in order, in bounded memory.
+
+    A file that cannot be read, or not to its end, stands for one row more, an `Unreadable`, where
+    `skip_unreadable_files` is set; the rows before its break are yielded.
+
+    Args:
+        config: Names the source and its columns.
+        examples_source: `task.examples_source`, to be read in the place of `config.source`.
 
     Raises:
-        CorpusError: A file cannot be read or lacks a column; the sentence names the columns
-            there are.
+        CorpusError: A file cannot be read or lacks a column, or no file can be read; the sentence
+            names the file and the columns there are.
     """
-    if config.source == "trec":
+    if (examples_source or config.source) == "trec":
         yield from _read_trec(embedded.locate(embedded.CORPORA["trec"]))
         return
-    for file in _files(config.source):
-        if file.size_bytes == 0:
-            raise CorpusError(f"{file.path}: the file is empty")
-        suffix = Path(file.path).suffix
-        reader = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl}[suffix]
+    files = _files(config, examples_source)
+    failed: list[str] = []
+    any_readable = False
+    for file in files:
         try:
-            yield from reader(file, config.text_column, config.gold_column)
-        except pa.ArrowInvalid as error:
-            first_line = str(error).splitlines()[0]
-            raise CorpusError(
-                f"{file.path}: not a readable {suffix[1:]} file: {first_line}"
-            ) from None
+            for row in _read_file(file, config.text_column, config.gold_column):
+                any_readable = True
+                yield row
+            any_readable = True
+        except CorpusError as error:
+            if not config.skip_unreadable_files:
+                advice = "; corpus.skip_unreadable_files=true goes on without it"
+                raise CorpusError(f"{error}{advice if len(files) > 1 else ''}") from None
+            _log.warning("left out: %s", error)
+            failed.append(str(error))
+            yield SourceRow(file.path, Unreadable("the file cannot be read", str(error)), None)
+    if not any_readable:
+        raise CorpusError(
+            failed[0] if len(files) == 1 else f"none of {len(files)} files can be read: {failed[0]}"
+        )
 
 
-def _files(source: str) -> list[_File]:
+def _files(config: CorpusSection, examples_source: str | None = None) -> list[_File]:
+    """List the files of a source by path."""
+    if examples_source is None:
+        setting, source = "corpus.source", config.source
+    else:
+        setting, source = "task.examples_source", examples_source
     try:
         if "://" in source:
             filesystem, path = pyarrow.fs.FileSystem.from_uri(source)
@@ -107,11 +146,11 @@ def _files(source: str) -> list[_File]:
         else:
             infos = [info]
     except (pa.ArrowInvalid, OSError) as error:
-        raise CorpusError(f"corpus.source = {source!r}: {str(error).splitlines()[0]}") from None
+        raise CorpusError(f"{setting} = {source!r}: {str(error).splitlines()[0]}") from None
     if info.type == pyarrow.fs.FileType.NotFound:
         built_in = ", ".join(embedded.CORPORA)
         raise CorpusError(
-            f"corpus.source = {source!r}: no such file or folder, nor built in ({built_in})"
+            f"{setting} = {source!r}: no such file or folder, nor built in ({built_in})"
         )
     files = [
         _File(filesystem, found.path, found.size, found.mtime_ns or 0)
@@ -120,7 +159,7 @@ def _files(source: str) -> list[_File]:
     ]
     if not files:
         raise CorpusError(
-            f"corpus.source = {source!r}: no file that ends in {', '.join(_FORMATS)} there"
+            f"{setting} = {source!r}: no file that ends in {', '.join(_FORMATS)} there"
         )
     return files
 
@@ -135,81 +174,109 @@ def _read_trec(path: Path) -> Iterator[SourceRow]:
             )
 
 
+def _read_file(file: _File, text: str, gold: str | None) -> Iterator[SourceRow]:
+    """Yield the rows of a file; whatever is wrong with it as a whole is a CorpusError."""
+    if file.size_bytes == 0:
+        raise CorpusError(f"{file.path}: the file is empty")
+    suffix = Path(file.path).suffix
+    reader = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl}[suffix]
+    try:
+        yield from reader(file, text, gold)
+    # Arrow raises OSError as well where a page or a footer is damaged.
+    except (pa.ArrowException, OSError, csv.Error, UnicodeDecodeError) as error:
+        first_line = str(error).splitlines()[0]
+        raise CorpusError(f"{file.path}: not a readable {suffix[1:]} file: {first_line}") from None
+
+
 def _read_parquet(file: _File, text: str, gold: str | None) -> Iterator[SourceRow]:
     with file.filesystem.open_input_file(file.path) as stream:
-        parquet = pq.ParquetFile(stream)
-        _demand_columns(file, parquet.schema_arrow.names, text, gold)
-        kind = parquet.schema_arrow.field(text).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+        columns = parquet.schema_arrow
+        _demand_columns(file, columns.names, text, gold)
+        kind = columns.field(text).type
+        if not _holds_text(kind):
+            others = ", ".join(field.name for field in columns if _holds_text(field.type))
             raise CorpusError(
-                f"{file.path}: column {text!r} holds {kind}, not text; set corpus.text_column"
+                f"{file.path}: column {text!r} holds {kind}, not text; set corpus.text_column to "
+                f"a column that holds text: {others or 'there is none here'}"
             )
         number = 0
-        for batch in parquet.iter_batches(4096, columns=[text] + ([gold] if gold else [])):
-            golds = batch.column(gold).to_pylist() if gold else [None] * batch.num_rows
-            for value, human in zip(_strings(batch.column(text)), golds, strict=True):
+        # One thread, so that a file that is damaged in two places always breaks at the first.
+        wanted = [text] + ([gold] if gold else [])
+        rows = _batch_rows(parquet.metadata)
+        for batch in parquet.iter_batches(rows, columns=wanted, use_threads=False):
+            golds = _values(batch.column(gold)) if gold else [None] * batch.num_rows
+            for value, human in zip(_values(batch.column(text)), golds, strict=True):
                 yield SourceRow(f"{file.name}:{number}", value, human)
                 number += 1
 
 
-def _strings(column: pa.Array) -> list[object]:
-    """Convert to Python strings; where a value is not UTF-8, convert one by one."""
+def _batch_rows(metadata: pq.FileMetaData) -> int:
+    groups = range(metadata.num_row_groups)
+    uncompressed = sum(metadata.row_group(group).total_byte_size for group in groups)
+    rows_within: int = _BATCH_BYTES * metadata.num_rows // max(uncompressed, 1)
+    return max(1, min(_BATCH_ROWS, rows_within))
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
+
+
+def _values(column: pa.Array) -> list[object]:
+    """Convert to Python values, bytes that are not UTF-8 to lone surrogates."""
     try:
         values: list[object] = column.to_pylist()
     except UnicodeDecodeError:
-        raw = column.cast(pa.binary() if pa.types.is_string(column.type) else pa.large_binary())
-        values = [_decode(value) for value in raw.to_pylist()]
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        raw = column.cast(pa.large_binary()).to_pylist()
+        values = [
+            None if value is None else value.decode(errors="surrogateescape") for value in raw
+        ]
     return values
 
 
-def _decode(value: bytes | None) -> object:
-    if value is None:
-        return None
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return Unreadable("the text is not UTF-8", repr(value[:100]))
-
-
 def _read_csv(file: _File, text: str, gold: str | None) -> Iterator[SourceRow]:
-    broken: list[SourceRow] = []
-
-    def keep_aside(row: Any) -> str:
-        reason = f"the line has {row.actual_columns} columns, not {row.expected_columns}"
-        broken.append(SourceRow(f"{file.name}:{row.number}", Unreadable(reason, row.text), None))
-        return "skip"
-
-    with file.filesystem.open_input_stream(file.path) as stream:
-        wanted = [text] + ([gold] if gold else [])
-        reader = pyarrow.csv.open_csv(
-            stream,
-            # One thread, so that pyarrow knows the number of a broken line.
-            read_options=pyarrow.csv.ReadOptions(use_threads=False),
-            parse_options=pyarrow.csv.ParseOptions(
-                newlines_in_values=True, invalid_row_handler=keep_aside
-            ),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(wanted, pa.string()), strings_can_be_null=False
-            ),
-        )
-        _demand_columns(file, reader.schema.names, text, gold)
-        number = 0
-        for batch in reader:
-            golds = batch.column(gold).to_pylist() if gold else [None] * batch.num_rows
-            for value, human in zip(_strings(batch.column(text)), golds, strict=True):
-                yield SourceRow(f"{file.name}:{number}", value, human)
-                number += 1
-        yield from broken
+    # pyarrow's reader gives up a file for one long row, or for one broken line that is not UTF-8.
+    csv.field_size_limit(_MAX_LINE)
+    with (
+        file.filesystem.open_input_stream(file.path) as stream,
+        io.TextIOWrapper(
+            io.BufferedReader(stream, 1 << 20),
+            encoding="utf-8-sig",
+            errors="surrogateescape",
+            newline="",
+        ) as lines,
+    ):
+        rows = (row for row in csv.reader(_lines(lines)) if row)
+        header = next(rows, None)
+        if header is None:
+            raise CorpusError(f"{file.path}: the file has blank lines only")
+        _demand_columns(file, header, text, gold)
+        text_at, gold_at = header.index(text), header.index(gold) if gold else None
+        for number, row in enumerate(rows):
+            where = f"{file.name}:{number}"
+            if len(row) != len(header):
+                reason = f"the line has {len(row)} columns, not {len(header)}"
+                yield SourceRow(where, Unreadable(reason, ",".join(row)), None)
+            else:
+                yield SourceRow(where, row[text_at], None if gold_at is None else row[gold_at])
 
 
 def _read_jsonl(file: _File, text: str, gold: str | None) -> Iterator[SourceRow]:
     found = False
-    with file.filesystem.open_input_stream(file.path) as stream:
-        for number, raw in enumerate(_lines(stream)):
+    with (
+        file.filesystem.open_input_stream(file.path) as stream,
+        io.BufferedReader(stream, 1 << 20) as lines,
+    ):
+        for number, raw in enumerate(line for line in _lines(lines) if line.strip()):
             where = f"{file.name}:{number}"
             try:
                 row = json.loads(raw)
-            except (json.JSONDecodeError, UnicodeDecodeError):
+            # Not only JSONDecodeError: a number of 5,000 digits, brackets in brackets.
+            except (ValueError, RecursionError):
                 yield SourceRow(where, Unreadable("the line is not JSON", repr(raw[:100])), None)
                 continue
             if not isinstance(row, dict):
@@ -221,20 +288,19 @@ def _read_jsonl(file: _File, text: str, gold: str | None) -> Iterator[SourceRow]
             yield SourceRow(where, row.get(text), row.get(gold) if gold else None)
 
 
-def _lines(stream: Any) -> Iterator[bytes]:
-    """Cut a byte stream into its lines; blank lines are left out."""
-    rest = b""
-    while chunk := stream.read(1 << 20):
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from (line for line in lines if line.strip())
-    if rest.strip():
-        yield rest
+def _lines(stream: IO[AnyStr]) -> Iterator[AnyStr]:
+    """Yield the lines of a file, in memory that is bounded even where it has no line ends."""
+    while line := stream.readline(_MAX_LINE):
+        if len(line) == _MAX_LINE:
+            raise OSError(f"a line is longer than {_MAX_LINE} characters")
+        yield line
 
 
 def _demand_columns(file: _File, names: list[str], text: str, gold: str | None) -> None:
     for setting, column in (("text_column", text), ("gold_column", gold)):
-        if column is not None and column not in names:
+        if column is not None and names.count(column) != 1:
+            problem = "more than one column" if column in names else "no column"
+            told = ", ".join(names).encode(errors="backslashreplace").decode()
             raise CorpusError(
-                f"{file.path}: no column {column!r}; the columns are {', '.join(names)}: "
-                f"set corpus.{setting}"
+                f"{file.path}: {problem} {column!r}; the columns are {told}: set corpus.{setting}"
             )

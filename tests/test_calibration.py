@@ -4,8 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llkd_ray.config import CalibrationSection
-from llkd_ray.teacher.calibration import Calibration, Floats
+from llkd_ray.teacher.calibration import (
+    Calibration,
+    Floats,
+    fit_temperature,
+    read_calibrations,
+    softmax,
+    write_calibrations,
+)
 
 
 def biased_logprobs(rows: int) -> tuple[Floats, np.ndarray]:
@@ -16,26 +22,35 @@ def biased_logprobs(rows: int) -> tuple[Floats, np.ndarray]:
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)) - 1.0, gold
 
 
-def naive_batch_calibration(logprobs: Floats) -> list[list[float]]:
+def naive_division(logprobs: Floats, prior: list[float]) -> list[list[float]]:
     rows = [[math.exp(value) for value in row] for row in logprobs]
     normal = [[value / sum(row) for value in row] for row in rows]
-    mean = [sum(column) / len(normal) for column in zip(*normal, strict=True)]
-    divided = [[value / m for value, m in zip(row, mean, strict=True)] for row in normal]
+    divided = [[value / p for value, p in zip(row, prior, strict=True)] for row in normal]
     return [[value / sum(row) for value in row] for row in divided]
 
 
-def test_batch_calibration_agrees_with_a_plain_second_implementation() -> None:
+def loss(logits: Floats, gold: np.ndarray, temperature: float) -> float:
+    """The negative log-likelihood, row by row."""
+    total = 0.0
+    for row, right in zip(logits, gold, strict=True):
+        scaled = [value / temperature for value in row]
+        total -= scaled[right] - math.log(sum(math.exp(value) for value in scaled))
+    return total
+
+
+def test_dividing_by_a_prior_agrees_with_a_plain_second_implementation() -> None:
     logprobs, _ = biased_logprobs(50)
-    parts = [logprobs[:10], logprobs[10:]]
-    fitted = Calibration.fit(CalibrationSection(kind="batch"), parts, 3)
-    np.testing.assert_allclose(fitted.probabilities(logprobs), naive_batch_calibration(logprobs))
+    prior = [0.7, 0.2, 0.05]
+    np.testing.assert_allclose(
+        Calibration.dividing_by(np.array(prior)).probabilities(logprobs),
+        naive_division(logprobs, prior),
+    )
 
 
-def test_batch_calibration_takes_away_a_preference_for_one_label() -> None:
+def test_dividing_by_the_mean_takes_away_a_preference_for_one_label() -> None:
     logprobs, gold = biased_logprobs(2000)
-    none = Calibration.fit(CalibrationSection(kind="none"), [logprobs], 3)
-    batch = Calibration.fit(CalibrationSection(kind="batch"), [logprobs], 3)
-    before = (none.probabilities(logprobs).argmax(axis=1) == gold).mean()
+    batch = Calibration.dividing_by(softmax(logprobs).mean(axis=0))
+    before = (logprobs.argmax(axis=1) == gold).mean()
     after = (batch.probabilities(logprobs).argmax(axis=1) == gold).mean()
     assert after > before + 0.1
 
@@ -43,14 +58,54 @@ def test_batch_calibration_takes_away_a_preference_for_one_label() -> None:
 def test_no_calibration_is_the_teachers_own_distribution() -> None:
     logprobs, _ = biased_logprobs(5)
     raw = np.exp(logprobs)
-    none = Calibration.fit(CalibrationSection(kind="none"), [], 3)
+    none = Calibration((0.0,) * 3)
     np.testing.assert_allclose(none.probabilities(logprobs), raw / raw.sum(axis=1, keepdims=True))
 
 
-def test_a_stored_calibration_is_read_back_exactly(tmp_path: Path) -> None:
-    stored = Calibration((-0.1, -1 / 3, -5e-7))
-    stored.write(tmp_path / "calibration.json")
-    assert Calibration.read(tmp_path / "calibration.json") == stored
+def test_a_label_that_never_had_any_probability_keeps_none() -> None:
+    calibration = Calibration.dividing_by(np.array([0.5, 0.5, 0.0]))
+    logprobs = np.array([[-1.0, -2.0, -np.inf]])
+    expected = [*softmax(np.array([-1.0, -2.0])), 0.0]
+    np.testing.assert_allclose(calibration.probabilities(logprobs)[0], expected)
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0, 6.0])
+def test_the_temperature_is_the_best_of_a_fine_grid(scale: float) -> None:
+    logprobs, gold = biased_logprobs(200)
+    logits = scale * (logprobs - np.array([3.0, 0.0, 0.0]))
+    fitted = fit_temperature(logits, gold)
+    grid = np.exp(np.linspace(math.log(0.05), math.log(20), 300))
+    best = min(grid, key=lambda temperature: loss(logits, gold, temperature))
+    assert fitted == pytest.approx(best, rel=0.02)
+    assert loss(logits, gold, fitted) <= loss(logits, gold, best)
+
+
+def test_a_temperature_undoes_exactly_the_scale_that_was_put_on() -> None:
+    logprobs, gold = biased_logprobs(500)
+    once, thrice = fit_temperature(logprobs, gold), fit_temperature(3 * logprobs, gold)
+    assert thrice == pytest.approx(3 * once, rel=1e-4)
+
+
+def test_the_temperature_stays_within_bounds_when_nothing_holds_it() -> None:
+    always_right = np.array([[0.0, -1.0]] * 5)
+    assert fit_temperature(always_right, np.zeros(5, dtype=np.int64)) == pytest.approx(0.05)
+    assert fit_temperature(always_right, np.ones(5, dtype=np.int64)) == pytest.approx(20.0)
+
+
+def test_a_temperature_never_changes_which_label_is_best() -> None:
+    logprobs, _ = biased_logprobs(100)
+    cold, hot = Calibration((0.5, 0.0, -0.5), 0.3), Calibration((0.5, 0.0, -0.5), 7.0)
+    best = cold.probabilities(logprobs).argmax(axis=1)
+    np.testing.assert_array_equal(best, hot.probabilities(logprobs).argmax(axis=1))
+
+
+def test_stored_calibrations_are_read_back_exactly(tmp_path: Path) -> None:
+    fitted = {
+        "batch": Calibration((-0.1, -1 / 3, -5e-7)),
+        "temperature": Calibration((-0.1, -1 / 3, -5e-7), 1 / 7),
+    }
+    write_calibrations(tmp_path / "calibrations.json", fitted)
+    assert read_calibrations(tmp_path / "calibrations.json") == fitted
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 700.0])

@@ -104,7 +104,7 @@ def test_bad_rows_are_kept_aside_with_a_reason(tmp_path: Path) -> None:
         "rows.jsonl:2": "the text is empty",
         "rows.jsonl:3": "the text is not text but int",
         "rows.jsonl:4": "the text is longer than corpus.max_text_chars = 49",
-        "rows.jsonl:5": "the text is not valid Unicode (a lone surrogate)",
+        "rows.jsonl:5": "the text is not valid Unicode",
         "rows.jsonl:6": "the text is null",
         "rows.jsonl:8": "the line is not JSON",
         "rows.jsonl:9": "the line is no object",
@@ -187,8 +187,13 @@ def test_a_source_that_cannot_be_read_is_told(
 
 def test_a_number_column_is_not_taken_for_text(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "rows.parquet", text=[1, 2])
-    with pytest.raises(CorpusError, match="column 'text' holds int64, not text"):
+    with pytest.raises(
+        CorpusError, match=r"'text' holds int64, not text; .* holds text: there is none here"
+    ):
         prepared(tmp_path, config(path))
+    write_parquet(path, text=[1, 2], body=["a", "b"], title=["c", "d"], stars=[0.5, 1.0])
+    with pytest.raises(CorpusError, match=r"a column that holds text: body, title$"):
+        next(sources.read(config(path)))
 
 
 def test_too_many_bad_rows_stop_the_job_with_the_commonest_reasons(tmp_path: Path) -> None:
@@ -200,10 +205,80 @@ def test_too_many_bad_rows_stop_the_job_with_the_commonest_reasons(tmp_path: Pat
 
 def test_examples_shown_to_the_teacher_are_left_out(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "rows.parquet", text=["shown", "kept", "shown"])
-    task = TaskSection(labels=TASK.labels, examples=(Example(text="shown", label="good"),))
+    task = TaskSection(labels=TASK.labels, examples=(Example(text=" shown ", label="good"),))
     counts, splits, _ = prepared(tmp_path, config(path), task)
     assert [row["text"] for row in splits["unlabeled"]] == ["kept"]
     assert (counts.examples, counts.duplicates) == (1, 1)
+
+
+def with_pool(source: Path | str, *, task: TaskSection = TASK, **settings: object) -> TaskSection:
+    return task.model_copy(update={"examples_source": str(source), **settings})
+
+
+def test_the_pool_is_the_gold_rows_with_the_smallest_ids(tmp_path: Path) -> None:
+    texts = [f"text {n}" for n in range(50)]
+    golds = [str(n % 2) for n in range(50)]
+    path = write_parquet(
+        tmp_path / "rows.parquet",
+        text=[*texts, *texts[:20], "unknown", "nobody's", None, " ", "said both", "said both"],
+        label=[*golds, *golds[:20], "maybe", None, "1", "1", "0", "1"],
+    )
+    source = config(path, gold_column="label")
+    fixed = Example(text=min(texts, key=corpus.row_id), label="good")
+    task = TaskSection(labels=TASK.labels, examples=(fixed,))
+    everything = corpus.example_pool(source, with_pool(path, task=task))
+    expected = [
+        Example(text=text, label="good" if gold == "1" else "bad")
+        for text, gold in sorted(
+            zip(texts, golds, strict=True), key=lambda row: corpus.row_id(row[0])
+        )
+        if text != fixed.text
+    ]
+    assert list(everything) == expected
+    few = corpus.example_pool(source, with_pool(path, task=task, max_examples=7))
+    assert [e for e in few if e.text != "said both"] == expected[: len(few)]
+    assert 6 <= len(few) <= 7
+    assert corpus.example_pool(source, task) == ()
+
+
+def test_the_pool_is_left_out_of_the_corpus_it_was_taken_from(tmp_path: Path) -> None:
+    path = write_parquet(
+        tmp_path / "rows.parquet", text=[f"text {n % 30}" for n in range(40)], label=["1"] * 40
+    )
+    source = config(path, gold_column="label")
+    fixed = Example(text="text 3", label="good")
+    task = with_pool(path, task=TaskSection(labels=TASK.labels, examples=(fixed,)), max_examples=5)
+    counts, splits, _ = prepared(tmp_path, source, task)
+    shown = {example.text for example in (fixed, *corpus.example_pool(source, task))}
+    assert len(shown) == counts.examples == 6
+    left = [row["text"] for split in splits.values() for row in split]
+    assert sorted(left) == sorted({f"text {n}" for n in range(30)} - shown)
+    assert counts.read == 40 == len(left) + counts.duplicates + counts.examples
+
+
+def test_the_pool_may_come_from_the_built_in_corpus(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "rows.parquet", text=["How far is it ?"], label=["1"])
+    task = TaskSection(labels=tuple(Label(name=name) for name in ("HUM", "LOC", "NUM")))
+    pool = corpus.example_pool(config(path), with_pool("trec", task=task, max_examples=20))
+    assert len(pool) == 20
+    assert {example.label for example in pool} <= {"HUM", "LOC", "NUM"}
+
+
+def test_a_pool_without_gold_is_told(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "rows.parquet", text=["a"], label=["maybe"])
+    with pytest.raises(CorpusError, match=r"examples need gold; set corpus\.gold_column"):
+        corpus.example_pool(config(path), with_pool(path))
+    with pytest.raises(CorpusError, match=r"task\.examples_source = .* no row beside"):
+        corpus.example_pool(config(path, gold_column="label"), with_pool(path))
+    with pytest.raises(CorpusError, match=r"task\.examples_source = .*: no such file"):
+        corpus.example_pool(config(path, gold_column="label"), with_pool(tmp_path / "no"))
+
+
+def test_the_source_of_the_pool_has_an_identity_of_its_own(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "rows.parquet", text=["a"])
+    other = write_parquet(tmp_path / "pool.parquet", text=["b"])
+    assert sources.identity(config(path), str(other)) == sources.identity(config(other))
+    assert sources.identity(config(path), str(other)) != sources.identity(config(path))
 
 
 def test_shards_hold_the_configured_number_of_rows(tmp_path: Path) -> None:

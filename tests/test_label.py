@@ -1,10 +1,15 @@
-"""Labelling with the real teacher. `small_run` has labelled once; the kill test does it again."""
+"""Labelling with the real teacher.
+
+`small_run` has labelled once. The tests below it that start an engine are few, for each start takes
+long: one run that is killed and resumed on a corpus that has grown, one whose texts are too long.
+"""
 
 import json
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +17,42 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from conftest import QUICKSTART, ROOT, Run, command, run_job
+from conftest import QUICKSTART, ROOT, Run, command
+from training_data import questions
 
 from llkd_ray import schema
+from llkd_ray.config import load_experiment
 from llkd_ray.corpus import read_shards
+from llkd_ray.teacher.answers import CONTENT_FREE
+from llkd_ray.teacher.ledger import Ledger
 
 pytestmark = pytest.mark.slow
 
 
 def table(folder: Path, split: str) -> pa.Table:
     return pa.concat_tables(pq.read_table(shard) for shard in read_shards(folder / split))
+
+
+def ledger_of(run: Run) -> pa.Table:
+    """All entries of a run's ledger, parts and files alike."""
+    ledger = Ledger(run.lineage.ledger, len(run.experiment.task.labels))
+    files = [path for path in ledger.folder.rglob("*.parquet") if not path.name.startswith(".")]
+    return pa.concat_tables([ledger.columns.empty_table(), *map(pq.read_table, sorted(files))])
+
+
+def on_questions(run: Run, texts: Sequence[str], *more: str) -> Run:
+    """The small experiment on these texts alone, all of them to be labelled."""
+    source = Path(run.experiment.runs) / "questions.jsonl"
+    source.write_text("".join(json.dumps({"text": text, "label": None}) + "\n" for text in texts))
+    return Run(
+        (*run.overrides, f"corpus.source={source}", 'teacher.splits=["unlabeled"]', *more),
+    )
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    shown = {example.text for example in load_experiment(QUICKSTART).task.examples}
+    return [text for _, text, _ in questions() if text not in shown][:120]
 
 
 def test_every_row_asked_about_has_one_label_and_nothing_else_has(small_run: Run) -> None:
@@ -34,6 +65,23 @@ def test_every_row_asked_about_has_one_label_and_nothing_else_has(small_run: Run
     assert table(lineage.labels.path, "test").select(schema.TEXT.names).equals(test)
     rows = lineage.readouts.manifest().rows
     assert (rows.taken, rows.rejected) == (160 + len(test), 0)
+
+
+def test_the_ledger_holds_each_answer_once_beside_what_it_depends_on(small_run: Run) -> None:
+    lineage = small_run.lineage
+    entries = ledger_of(small_run)
+    asked = {
+        id_
+        for split in ("unlabeled", "test")
+        for id_ in table(lineage.readouts.path, split).column("row_id").to_pylist()
+    }
+    ids = entries.column("row_id").to_pylist()
+    assert len(ids) == len(set(ids)) == len(asked) + len(CONTENT_FREE)
+    assert asked < set(ids)
+    assert lineage.ledger.parent == lineage.run
+    assert not [path for path in lineage.ledger.iterdir() if path.is_dir()]
+    identity = json.loads((lineage.ledger / "identity.json").read_text())
+    assert identity == json.loads(json.dumps(lineage.asking))
 
 
 def test_labels_follow_from_the_stored_log_probabilities(small_run: Run) -> None:
@@ -71,47 +119,6 @@ def test_another_calibration_asks_the_teacher_nothing(small_run: Run) -> None:
     assert "labels-" in done.stdout
 
 
-def test_a_killed_run_goes_on_and_labels_nothing_twice(run: Run) -> None:
-    more = ("teacher.max_unlabeled_rows=128", 'teacher.splits=["unlabeled"]')
-    overrides = (str(QUICKSTART), *run.overrides, *more)
-    assert run_job("prepare", *overrides).returncode == 0
-    lineage = Run((*run.overrides, *more)).lineage
-    parts = lineage.readouts.making / "unlabeled"
-    with subprocess.Popen(
-        command("label", *overrides), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as killed:
-        deadline = time.monotonic() + 300
-        while not list(parts.glob("*/*.parquet")):
-            assert killed.poll() is None, "the job ended before it wrote a part"
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        os.kill(killed.pid, signal.SIGKILL)
-    assert not lineage.readouts.made
-    time.sleep(5)  # What Ray had under way may still land; from here on it must not.
-    kept = {row for part in parts.glob("*/*.parquet") for row in _ids(part)}
-    assert kept
-    done = run_job("label", *overrides)
-    assert done.returncode == 0, done.stderr
-    details = lineage.readouts.manifest().details
-    assert details["duplicates"] == 0
-    ids = table(lineage.readouts.path, "unlabeled").column("row_id").to_pylist()
-    asked = table(lineage.corpus.path, "unlabeled").slice(0, 128).column("row_id").to_pylist()
-    assert ids == asked
-    assert details["answered_now"] == 128 - len(kept)
-
-
-def _ids(part: Path) -> list[str]:
-    ids: list[str] = pq.read_table(part, columns=["row_id"]).column("row_id").to_pylist()
-    return ids
-
-
-def test_labelling_without_a_corpus_names_the_job_to_run(run: Run) -> None:
-    done = run.job("label")
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert "run python jobs/prepare.py" in done.stderr
-
-
 def test_a_finished_labelling_is_left_alone(small_run: Run) -> None:
     before = (small_run.lineage.labels.path / "manifest.json").stat().st_mtime_ns
     started = time.perf_counter()
@@ -127,3 +134,109 @@ def test_the_manifest_says_what_made_it(small_run: Run) -> None:
         "corpus": small_run.lineage.corpus.fingerprint,
         "readouts": small_run.lineage.readouts.fingerprint,
     }
+
+
+def test_status_counts_what_is_done(small_run: Run) -> None:
+    told = small_run.job("label", "--status", timeout_s=60)
+    assert told.returncode == 0, told.stderr
+    assert ["unlabeled", "160", "160", "0", "0"] in map(str.split, told.stdout.splitlines())
+    more = small_run.job("label", "teacher.max_unlabeled_rows=200", "--status", timeout_s=60)
+    assert ["unlabeled", "200", "160", "0", "40"] in map(str.split, more.stdout.splitlines())
+    assert "is not made yet" in more.stdout
+
+
+def test_a_changed_prompt_has_a_ledger_of_its_own_and_nothing_done(small_run: Run) -> None:
+    changed = Run((*small_run.overrides, "task.text_prefix=Asked:"))
+    assert changed.lineage.ledger.parent == small_run.lineage.ledger.parent
+    assert changed.lineage.ledger != small_run.lineage.ledger
+    told = changed.job("label", "--status", timeout_s=60)
+    assert ["unlabeled", "160", "0", "0", "160"] in map(str.split, told.stdout.splitlines())
+
+
+def test_the_plan_shows_the_prompt_and_what_is_left_and_makes_nothing(small_run: Run) -> None:
+    changed = Run((*small_run.overrides, "task.text_prefix=Asked:"))
+    planned = changed.job("label", "--dry-run", timeout_s=120)
+    assert planned.returncode == 0, planned.stderr
+    assert "Asked: What color is an Arctic fox in winter ?" in planned.stdout
+    assert not changed.lineage.ledger.exists()
+    assert not changed.lineage.readouts.making.exists()
+
+
+def test_labelling_without_a_corpus_names_the_job_to_run(run: Run) -> None:
+    done = run.job("label")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "run python jobs/prepare.py" in done.stderr
+
+
+def test_a_killed_run_goes_on_over_a_grown_corpus_and_asks_nothing_twice(
+    run: Run, texts: list[str]
+) -> None:
+    before = on_questions(run, texts[:90], "teacher.batch_size=4")
+    assert before.job("prepare").returncode == 0
+    corpus = before.lineage.corpus.path
+    with subprocess.Popen(
+        command("label", str(QUICKSTART), *before.overrides),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as killed:
+        deadline = time.monotonic() + 300
+        while len(ledger_of(before)) < 12:
+            assert killed.poll() is None, "the job ended before it was killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(killed.pid, signal.SIGKILL)
+    assert not before.lineage.readouts.made
+    time.sleep(5)  # What Ray had under way may still land; from here on it must not.
+    kept = set(ledger_of(before).column("row_id").to_pylist())
+    assert 12 <= len(kept) < 90
+
+    grown = on_questions(run, texts, "teacher.batch_size=4")
+    assert grown.job("prepare").returncode == 0
+    assert grown.lineage.corpus.path != corpus
+    assert grown.lineage.ledger == before.lineage.ledger
+    done = grown.job("label")
+    assert done.returncode == 0, done.stderr
+    details = grown.lineage.readouts.manifest().details
+    assert details["answered_now"] == 120 + len(CONTENT_FREE) - len(kept)
+    assert details["duplicates"] == 0
+    labels = table(grown.lineage.labels.path, "unlabeled")
+    assert labels.select(schema.TEXT.names).equals(table(grown.lineage.corpus.path, "unlabeled"))
+
+
+def test_rows_without_an_answer_stop_the_job_and_are_asked_about_once_more_where_allowed(
+    run: Run, texts: list[str]
+) -> None:
+    short = "Who are you ?"
+    strict = on_questions(
+        run,
+        [*sorted(texts, key=len)[-20:], short],
+        "teacher.prompt.max_text_tokens=10",
+        "teacher.prompt.overlong=reject",
+    )
+    assert strict.job("prepare").returncode == 0
+    stopped = strict.job("label")
+    assert stopped.returncode == 1
+    assert "no answer for 20 of 21 rows" in stopped.stderr.splitlines()[-1]
+    assert "teacher.attempts=2" in stopped.stderr.splitlines()[-1]
+    failed = pc.is_valid(ledger_of(strict).column("error"))
+    assert pc.sum(failed).as_py() == 20
+
+    lenient = Run((*strict.overrides, "teacher.max_rejected_fraction=1.0"))
+    done = lenient.job("label", timeout_s=120)
+    assert done.returncode == 0, done.stderr
+    rows = lenient.lineage.readouts.manifest()
+    assert (rows.rows.kept, rows.rows.rejected, rows.details["answered_now"]) == (1, 20, 0)
+    assert table(lenient.lineage.labels.path, "unlabeled").column("text").to_pylist() == [short]
+    told = lenient.job("label", "--status", timeout_s=60)
+    assert ["unlabeled", "21", "1", "20", "0"] in map(str.split, told.stdout.splitlines())
+
+    again = Run((*lenient.overrides, "teacher.attempts=2"))
+    done = again.job("label")
+    assert done.returncode == 0, done.stderr
+    assert again.lineage.readouts.manifest().details["answered_now"] == 20
+    entries = ledger_of(again)
+    seconds = entries.filter(pc.equal(entries.column("attempt"), 2))
+    assert len(seconds) == 20
+    assert seconds.column("error").null_count == 0

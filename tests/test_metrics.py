@@ -44,6 +44,45 @@ def test_every_row_is_in_one_reliability_bin() -> None:
         assert bin_.lower <= bin_.mean_confidence <= bin_.upper
 
 
+def test_tenths_hold_equally_many_rows_sorted_by_confidence() -> None:
+    rng = np.random.default_rng(2)
+    confidence, correct = rng.random(103), rng.random(103) < 0.6
+    tenths = metrics.reliability_by_rank(confidence, correct, 10)
+    assert {part.rows for part in tenths} == {10, 11}
+    assert [part.position for part in tenths] == list(range(10))
+    pairs = sorted(zip(confidence.tolist(), correct.tolist(), strict=True))
+    for part in tenths:
+        mine, pairs = pairs[: part.rows], pairs[part.rows :]
+        assert (part.lower, part.upper) == (mine[0][0], mine[-1][0])
+        assert part.mean_confidence == pytest.approx(sum(c for c, _ in mine) / len(mine))
+        assert part.accuracy == pytest.approx(sum(right for _, right in mine) / len(mine))
+    assert pairs == []
+
+
+def test_rows_of_equal_confidence_are_ranked_as_they_come() -> None:
+    correct = np.array([False, False, True, True])
+    halves = metrics.reliability_by_rank(np.full(4, 0.5), correct, 2)
+    assert [half.accuracy for half in halves] == [0.0, 1.0]
+
+
+def test_fewer_rows_than_tenths_leave_tenths_out() -> None:
+    table = metrics.reliability_by_rank(np.array([0.9, 0.2]), np.array([True, False]), 10)
+    assert [(part.position, part.rows, part.accuracy) for part in table] == [
+        (0, 1, 0.0),
+        (1, 1, 1.0),
+    ]
+
+
+def test_the_confident_half_is_the_upper_one_and_has_the_odd_row() -> None:
+    gold, predicted = np.array([0, 0, 1]), np.array([0, 1, 1])
+    found = metrics.quality(gold, predicted, np.array([0.6, 0.3, 0.9]), 2, 10)
+    assert found.rows == 3
+    assert found.accuracy == pytest.approx(2 / 3)
+    assert found.accuracy_confident_half == 1.0
+    assert found.macro_f1 == pytest.approx(2 / 3)
+    assert found.ece == pytest.approx((0.4 + 0.3 + 0.1) / 3)
+
+
 def test_the_bootstrap_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     hits = 0

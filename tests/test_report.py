@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,11 @@ from PIL import Image
 
 from llkd_ray import schema
 from llkd_ray.artifacts import Draft, Rows, make
-from llkd_ray.config import Experiment
+from llkd_ray.config import Experiment, ScriptedTeacher
 from llkd_ray.errors import ArtifactError
 from llkd_ray.lineage import Lineage
 from llkd_ray.report import plots
-from llkd_ray.report.page import write_report
+from llkd_ray.report.page import draw, render, write_report
 from llkd_ray.report.summary import readable, result_lines
 from llkd_ray.report.tables import read_run
 
@@ -34,6 +36,19 @@ ROWS = {
     "2": ("<b>fish</b>", "dog", "<b>fish</b>"),
     "3": ("dog", "cat & co", "dog"),
 }
+
+
+# The teacher on the test rows: two calibrations could be fitted.
+QUALITY = {
+    "none": {
+        "rows": 4, "accuracy": 0.251, "macro_f1": 0.211, "ece": 0.451,
+        "accuracy_confident_half": 0.301,
+    },
+    "batch": {
+        "rows": 4, "accuracy": 0.552, "macro_f1": 0.512, "ece": 0.152,
+        "accuracy_confident_half": 0.652,
+    },
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -62,7 +77,7 @@ def trial(folder: Path) -> Lineage:
                 "runs": str(folder / "runs"),
                 "task": {"labels": [{"name": name} for name in LABELS]},
                 "corpus": {"source": str(source), "gold_column": "label"},
-                "teacher": {"model": "example/teacher"},
+                "teacher": {"kind": "vllm", "model": "example/teacher"},
                 "student": {"model": "example/student"},
                 "evaluate": {"compare_rules": ["all"]},
                 "serve": {"port": 8123, "token_env": "TRIAL_TOKEN"},
@@ -101,6 +116,7 @@ def write_readouts(draft: Draft) -> None:
         "cached_tokens": 750,
         "rows_per_s": 12.5,
         "duplicates": 1,
+        "cut_rows": 2,
     }
 
 
@@ -115,17 +131,48 @@ def write_labels(draft: Draft, *, gold: bool = True) -> None:
             "probabilities": probabilities_of(row[1]),
             "logprobs": [-1.0] * len(LABELS),
             "label_mass": 0.9,
+            "confidence_none": 0.7,
+            "confidence_batch": 0.8,
         }
         for id_, row in ROWS.items()
     ]
     write(draft.folder / "unlabeled/shard-00000.parquet", rows, schema.labels(len(LABELS)))
-    draft.rows = Rows(taken=8, kept=8, rejected=0)
+    reliability = [
+        {
+            "calibration": kind,
+            "split": split,
+            "table": table,
+            "position": position,
+            "rows": 2,
+            "confidence_mean": 0.55 + 0.03 * position,
+            "accuracy": 0.1 * position,
+            "lower": 0.5 + 0.03 * position,
+            "upper": 0.6 + 0.03 * position,
+        }
+        for kind in QUALITY
+        for split in ("unlabeled", "test")
+        for table in ("bin", "decile")
+        for position in (8, 3)
+    ]
+    write(draft.folder / "reliability.parquet", reliability if gold else [], schema.RELIABILITY)
+    draft.rows = Rows(taken=13, kept=8, rejected=5)
     draft.details = {
+        "splits": {
+            "test": {"taken": 6, "kept": 4, "rejected": 2, "reasons": {HOSTILE: 2}},
+            "unlabeled": {"taken": 7, "kept": 4, "rejected": 3, "reasons": {"too slow": 3}},
+        },
         "unlabeled_rows": 4,
-        "unlabeled_rejected": 0,
+        "unlabeled_rejected": 3,
+        "unlabeled_rejected_label_mass": 1,
         "accuracy": 0.5 if gold else None,
         "accuracy_uncalibrated": 0.25 if gold else None,
+        "accuracy_confident_half": 0.75 if gold else None,
+        "macro_f1": 0.45 if gold else None,
         "ece": 0.3 if gold else None,
+        "quality": {
+            kind: {"test": of, "unlabeled": {**of, "accuracy": 0.5}} if gold else {}
+            for kind, of in QUALITY.items()
+        },
     }
 
 
@@ -194,11 +241,6 @@ def write_scores(draft: Draft) -> None:
     models = {"teacher": 0.5, "teacher_uncalibrated": 0.25, "llkd": 0.75, "all": 0.5}
     scores = {model: score(value) for model, value in models.items()}
     (draft.folder / "scores.json").write_text(json.dumps(scores))
-    bins = [
-        {"lower": 0.5, "upper": 0.6, "rows": 1, "mean_confidence": 0.55, "accuracy": 0.5},
-        {"lower": 0.8, "upper": 0.9, "rows": 3, "mean_confidence": 0.85, "accuracy": 0.7},
-    ]
-    (draft.folder / "reliability.json").write_text(json.dumps({"before": bins, "after": bins}))
     draft.rows = Rows(taken=4, kept=4, rejected=0)
 
 
@@ -265,6 +307,14 @@ class Page(HTMLParser):
         self.text += data
 
 
+def rows_of(lineage: Lineage) -> list[list[str]]:
+    """Return the cells of every table row on the page, as text."""
+    html = (lineage.run / "report.html").read_text(encoding="utf-8")
+    rows = re.findall(r"<tr>(.*?)</tr>", html, flags=re.DOTALL)
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, flags=re.DOTALL) for row in rows]
+    return [[cell.strip() for cell in row] for row in cells]
+
+
 def page_of(lineage: Lineage) -> Page:
     return Page((lineage.run / "report.html").read_text(encoding="utf-8"))
 
@@ -281,10 +331,15 @@ def test_summary_holds_the_numbers_of_every_stage(lineage):
         "corpus": {"unlabeled": 4, "validation": 0, "test": 4, "rejected": 2},
         "labels": {
             "rows": 4,
-            "rejected": 0,
+            "rejected": 3,
+            "rejected_label_mass": 1,
             "duplicates": 1,
+            "cut_rows": 2,
+            "calibration": "batch",
             "accuracy": 0.5,
             "accuracy_uncalibrated": 0.25,
+            "accuracy_confident_half": 0.75,
+            "macro_f1": 0.45,
             "ece": 0.3,
             "rows_per_s": 12.5,
             "prompt_tokens": 1000,
@@ -418,10 +473,58 @@ def test_only_wrong_rows_stand_under_mistakes_with_the_teachers_label(reported):
 
 def test_classes_are_counted_by_label_and_by_gold(lineage):
     make_run(lineage, "labels")
-    found = {
-        item.label: (item.labelled, item.gold, item.right) for item in read_run(lineage).classes
-    }
+    labels = read_run(lineage).labels
+    assert labels is not None
+    found = {item.label: (item.labelled, item.gold, item.right) for item in labels.classes}
     assert found == {"cat & co": (2, 1, 0.5), "dog": (2, 2, 0.5), "<b>fish</b>": (0, 1, None)}
+
+
+def test_every_calibration_stands_beside_the_others_on_the_test_rows(reported):
+    lines = [" ".join(row) for row in rows_of(reported)]
+    assert "none 0.251 0.211 0.451 0.301" in lines
+    assert "batch (chosen) 0.552 0.512 0.152 0.652" in lines
+    nothing = " ".join(["\N{EN DASH}"] * 4)
+    assert {f"contextual {nothing}", f"temperature {nothing}"} <= set(lines)
+
+
+def test_rows_without_a_usable_answer_are_told_with_their_reasons(reported):
+    text = page_of(reported).text
+    assert "too slow (3)" in text
+    assert f"{HOSTILE} (2)" in text
+    assert "Of 2 rows it did not read all" in text
+
+
+def test_reliability_is_drawn_before_and_after_from_the_least_confident_on(lineage):
+    make_run(lineage, "labels")
+    labels = read_run(lineage).labels
+    assert labels is not None
+    assert [bin_.position for bin_ in labels.deciles["batch"]] == [3, 8]
+    drawn = draw(read_run(lineage))
+    for name in ("reliability", "deciles"):
+        told = [line.get_label() for line in drawn[name].figure.axes[0].lines]
+        assert told[-2:] == ["before calibration", "after calibration (batch)"]
+    before, after = drawn["deciles"].figure.axes[0].lines
+    assert list(before.get_xdata()) == list(after.get_xdata()) == [4, 9]
+    assert list(after.get_ydata()) == pytest.approx([0.3, 0.8])
+
+
+def test_without_calibration_there_is_no_after(lineage):
+    make_run(lineage, "labels")
+    run = read_run(lineage)
+    assert run.labels is not None
+    plain = replace(run, labels=replace(run.labels, calibration="none"))
+    told = [line.get_label() for line in draw(plain)["deciles"].figure.axes[0].lines]
+    assert told == ["before calibration"]
+
+
+def test_a_simulation_says_so_on_top_and_a_real_run_does_not(lineage):
+    make_run(lineage, "labels")
+    run, summary = read_run(lineage), write_report(lineage)
+    warning = "Scripted teacher: labels mean nothing"
+    assert warning not in render(run, summary, {})
+    scripted = run.experiment.model_copy(update={"teacher": ScriptedTeacher()})
+    page = Page(render(replace(run, experiment=scripted), summary, {}))
+    assert page.text.index(warning) < page.text.index("Result")
 
 
 def test_failed_requests_are_counted(reported):
@@ -434,7 +537,7 @@ def test_failed_requests_are_counted(reported):
 def test_plots_are_written_and_not_blank(reported):
     files = sorted((reported.run / "plots").iterdir())
     assert [file.stem for file in files] == [
-        "accuracy", "cost", "kept", "latency", "purity", "reliability", "thresholds",
+        "accuracy", "cost", "deciles", "kept", "latency", "purity", "reliability", "thresholds",
     ]  # fmt: skip
     for file in files:
         pixels = np.asarray(Image.open(io.BytesIO(file.read_bytes())).convert("RGB"))
@@ -460,7 +563,10 @@ def test_a_corpus_without_gold_is_reported_without_what_needs_gold(lineage):
     assert summary.labels.accuracy is None
     drawn = {file.stem for file in (lineage.run / "plots").iterdir()}
     assert drawn == {"thresholds", "kept"}
-    assert all(item.gold is None and item.right is None for item in read_run(lineage).classes)
+    labels = read_run(lineage).labels
+    assert labels is not None
+    assert all(item.gold is None and item.right is None for item in labels.classes)
+    assert "under each calibration" not in page_of(lineage).text
 
 
 def test_a_rule_without_thresholds_has_no_plot_of_them(lineage):
@@ -469,7 +575,7 @@ def test_a_rule_without_thresholds_has_no_plot_of_them(lineage):
         write_student(draft, thresholds=False)
     write_report(lineage)
     drawn = {file.stem for file in (lineage.run / "plots").iterdir()}
-    assert drawn == {"accuracy", "kept", "purity"}
+    assert drawn == {"accuracy", "deciles", "kept", "purity", "reliability"}
 
 
 def test_a_report_is_made_anew_and_drops_what_is_no_longer_true(lineage):

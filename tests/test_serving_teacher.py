@@ -1,4 +1,7 @@
-"""The teacher, really served, against a plain forward pass of the same model."""
+"""The teacher, really served, against plain forward passes of the same model.
+
+It reads whole words token by token, so that several passes a text go through the engine.
+"""
 
 import httpx
 import numpy as np
@@ -7,23 +10,22 @@ import torch
 from conftest import QUICKSTART
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llkd_ray.config import ServeSection, load_experiment
+from llkd_ray.config import ServeSection, VLLMTeacher, load_experiment
 from llkd_ray.serving.deploy import running, teacher_app
 from llkd_ray.serving.teacher import TeacherModel
 from llkd_ray.teacher.calibration import Calibration
 from llkd_ray.teacher.pretrained import teacher_folder
 from llkd_ray.teacher.prompt import Prompt
-from llkd_ray.teacher.verbalizer import label_token_ids
-
-pytestmark = pytest.mark.slow
 
 CONFIG = ServeSection(port=0)
 
 
-def test_the_served_teacher_answers_what_a_plain_forward_pass_answers(ray_local):  # noqa: ARG001
-    experiment = load_experiment(QUICKSTART)
+@pytest.mark.slow
+def test_the_served_teacher_answers_what_plain_forward_passes_answer(ray_local):  # noqa: ARG001
+    experiment = load_experiment(QUICKSTART, ["teacher.readout=trie"])
+    assert isinstance(experiment.teacher, VLLMTeacher)
     calibration = Calibration((-1.0, -2.0, -3.0, -1.5, -0.5, -2.5))
-    model = TeacherModel(experiment.task, experiment.teacher, calibration, experiment.cache)
+    model = TeacherModel(experiment.task, experiment.teacher, (), calibration, experiment.cache)
     texts = ["Where is Lima ?", "Who wrote Hamlet ?", "How many legs has a spider ?"]
     with running(teacher_app(model, "teacher-test", CONFIG), CONFIG) as url:
         answers = httpx.post(f"{url}/v1/classify", json={"texts": texts}, timeout=120)
@@ -39,13 +41,16 @@ def test_the_served_teacher_answers_what_a_plain_forward_pass_answers(ray_local)
     folder = teacher_folder(experiment.teacher.model, experiment.cache)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     language_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ids = label_token_ids(tokenizer, experiment.task)
-    prompt = Prompt.of(experiment.task)
+    prompt = Prompt.of(tokenizer, experiment.task, experiment.teacher)
     expected = []
-    for text in texts:
-        with torch.inference_mode():
-            inputs = tokenizer(prompt.render(text), return_tensors="pt")
-            logits = language_model(**inputs).logits[0, -1].double()
-        unnormalised = np.exp(logits.log_softmax(-1)[ids].numpy() - calibration.log_prior)
+    for encoded in prompt.encode(texts):
+        logprobs = []
+        for label in experiment.task.labels:
+            words = tokenizer(f" {label.words or label.name}")["input_ids"]
+            with torch.inference_mode():
+                logits = language_model(torch.tensor([[*encoded.ids, *words]])).logits[0].double()
+            steps = logits.log_softmax(-1)[len(encoded.ids) - 1 : -1]
+            logprobs.append(float(steps[range(len(words)), words].sum()))
+        unnormalised = np.exp(np.array(logprobs) - calibration.log_prior)
         expected.append(unnormalised / unnormalised.sum())
     np.testing.assert_allclose(served, expected, atol=2e-3)

@@ -59,7 +59,7 @@ def write(folder, rows, columns, shard_rows=500):
     folder.mkdir(parents=True)
     for number, start in enumerate(range(0, len(rows), shard_rows)):
         part = rows[start : start + shard_rows]
-        part = [{name: row[name] for name in columns.names} for row in part]
+        part = [{name: row.get(name) for name in columns.names} for row in part]
         pq.write_table(pa.Table.from_pylist(part, columns), folder / f"shard-{number:05d}.parquet")
 
 

@@ -18,7 +18,7 @@ from llkd_ray.report import plots
 from llkd_ray.report.figures import to_png, to_svg
 from llkd_ray.report.summary import readable, summarise
 from llkd_ray.report.tables import RunTables, read_run
-from llkd_ray.schema import EndpointSummary, ModelScore, Summary
+from llkd_ray.schema import CALIBRATIONS, EndpointSummary, ModelScore, Summary
 
 _DASH = "\N{EN DASH}"
 
@@ -88,13 +88,21 @@ def draw(run: RunTables) -> dict[str, Plot]:
                 "Purity of the labels",
                 "How often the teacher's label equals gold. Training never reads gold.",
             )
-    scores = run.scores
-    if scores is not None and (scores.reliability["before"] or scores.reliability["after"]):
+    if run.labels is not None and run.labels.quality:
+        moments = {"none": "before calibration"}
+        if run.labels.calibration != "none":
+            moments[run.labels.calibration] = f"after calibration ({run.labels.calibration})"
         drawn["reliability"] = Plot(
-            plots.reliability(scores.reliability["before"], scores.reliability["after"]),
+            plots.reliability({name: run.labels.bins[kind] for kind, name in moments.items()}),
             "Reliability of the teacher",
-            "On the dotted line, confidence is accuracy. Below: the rows behind each point.",
+            "On the dotted line, confidence is accuracy. Below: the test rows behind each point.",
         )
+        drawn["deciles"] = Plot(
+            plots.deciles({name: run.labels.deciles[kind] for kind, name in moments.items()}),
+            "Accuracy by confidence",
+            "The steeper, the better confidence tells right labels from wrong ones.",
+        )
+    scores = run.scores
     validated = [_any(student.epochs, "validation_accuracy") for student in run.students.values()]
     if run.students and (scores is not None or any(validated)):
         drawn["accuracy"] = Plot(
@@ -142,6 +150,7 @@ def render(run: RunTables, summary: Summary, drawn: dict[str, Plot]) -> str:
         # The SVG is ours, except for label names, which matplotlib escapes.
         svgs={name: Markup(to_svg(plot.figure, plot.title)) for name, plot in drawn.items()},  # noqa: S704
         own=run.students.get(run.experiment.selection.rule),
+        calibrations=CALIBRATIONS,
         versions=_versions(run),
         query=_query(run.experiment.serve),
         settings=json.dumps(as_tree(run.experiment), indent=2, ensure_ascii=False),

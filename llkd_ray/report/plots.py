@@ -17,6 +17,8 @@ from llkd_ray.schema import BenchSummary, ModelScore
 _MOST_LINES = 8
 _MOST_ROWS = 20
 _MOST_CELLS_ACROSS = 8
+# Colour, marker and side of the bars: before calibration, then after.
+_MOMENTS = ((TEACHER, "s", -0.5), (STUDENT, "o", 0.5))
 
 
 @styled
@@ -124,30 +126,61 @@ def purity(audit: pa.Table) -> Figure:
 
 
 @styled
-def reliability(before: Sequence[ReliabilityBin], after: Sequence[ReliabilityBin]) -> Figure:
-    """Draw the teacher's accuracy against its confidence, before and after calibration."""
+def reliability(bins: Mapping[str, Sequence[ReliabilityBin]]) -> Figure:
+    """Draw the teacher's accuracy against its confidence.
+
+    Args:
+        bins: Equally wide ranges of confidence, by the name of what was done to it: one or two.
+    """
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.plot([0, 1], [0, 1], color=INK, alpha=0.45, lw=1, ls=":", label="as right as confident")
-    for bins, name, color, marker, shift in (
-        (before, "before calibration", TEACHER, "s", -0.5),
-        (after, "after calibration", STUDENT, "o", 0.5),
-    ):
-        confidence = [bin_.mean_confidence for bin_ in bins]
+    for (name, of_name), (color, marker, shift) in zip(bins.items(), _MOMENTS, strict=False):
         above.plot(
-            confidence, [bin_.accuracy for bin_ in bins], color=color, marker=marker, label=name
+            [bin_.mean_confidence for bin_ in of_name],
+            [bin_.accuracy for bin_ in of_name],
+            color=color,
+            marker=marker,
+            label=name,
         )
-        width = [0.4 * (bin_.upper - bin_.lower) for bin_ in bins]
+        width = [0.4 * (bin_.upper - bin_.lower) for bin_ in of_name]
         middle = [
-            (bin_.lower + bin_.upper) / 2 + shift * w for bin_, w in zip(bins, width, strict=True)
+            (bin_.lower + bin_.upper) / 2 + shift * w
+            for bin_, w in zip(of_name, width, strict=True)
         ]
-        below.bar(middle, [bin_.rows for bin_ in bins], width, color=color)
+        below.bar(middle, [bin_.rows for bin_ in of_name], width, color=color)
     above.set_ylabel("accuracy on gold")
     above.set_xlim(0, 1)
     above.set_ylim(0, 1)
     above.legend(loc="upper left")
     below.set_ylabel("test rows")
     below.set_xlabel("confidence of the teacher in its label (0 to 1)")
+    return figure
+
+
+@styled
+def deciles(tenths: Mapping[str, Sequence[ReliabilityBin]]) -> Figure:
+    """Draw the teacher's accuracy on each tenth of the rows, from the least confident on.
+
+    Args:
+        tenths: Equally many rows each, by the name of what was done to the confidence.
+    """
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for (name, of_name), (color, marker, _) in zip(tenths.items(), _MOMENTS, strict=False):
+        axes.plot(
+            [tenth.position + 1 for tenth in of_name],
+            [tenth.accuracy for tenth in of_name],
+            color=color,
+            marker=marker,
+            label=name,
+        )
+    axes.set_xticks(range(1, 11))
+    axes.set_xlabel("tenth of the test rows, from the least to the most confident")
+    axes.set_ylabel("accuracy on gold")
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(_percent())
+    axes.legend(loc="best")
     return figure
 
 

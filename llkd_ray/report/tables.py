@@ -1,6 +1,7 @@
 """What the artifacts of a run hold, read once for the summary, the plots and the page."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,13 @@ from llkd_ray.artifacts import Artifact, Manifest
 from llkd_ray.config import Experiment
 from llkd_ray.errors import ArtifactError
 from llkd_ray.lineage import Lineage
-from llkd_ray.metrics import ReliabilityBin
+from llkd_ray.metrics import Quality, ReliabilityBin
 from llkd_ray.schema import BenchSummary, ModelScore
 
 _MISTAKES_SHOWN = 12
 _REASONS_SHOWN = 8
 _SCORES = TypeAdapter(dict[str, ModelScore])
-_BINS = TypeAdapter(dict[str, list[ReliabilityBin]])
+_QUALITY = TypeAdapter(dict[str, dict[str, Quality]])
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,23 @@ class ClassCount:
     """Rows the human gave it; None without gold."""
     right: float | None
     """Share of the teacher's rows that gold agrees with; None without gold."""
+
+
+@dataclass(frozen=True)
+class LabelTables:
+    """The teacher's labels, and on the gold test rows how right it is when it is how sure."""
+
+    calibration: str
+    """The chosen one."""
+    rejected: dict[str, int]
+    """Reasons for which rows of any split got no label, most frequent first, and their rows."""
+    classes: list[ClassCount]
+    quality: dict[str, Quality]
+    """By calibration, those that could be fitted; nothing without gold test rows."""
+    bins: dict[str, list[ReliabilityBin]]
+    """By calibration, equally wide ranges of confidence."""
+    deciles: dict[str, list[ReliabilityBin]]
+    """By calibration, equally many rows each."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +87,6 @@ class ScoreTables:
     """Teacher and students on the gold test rows."""
 
     models: dict[str, ModelScore]
-    reliability: dict[str, list[ReliabilityBin]]
-    """The teacher's bins `before` and `after` calibration; empty lists where it was not scored."""
     mistakes: list[Mistake]
 
 
@@ -97,7 +113,7 @@ class RunTables:
     """For each artifact that is not made, a sentence with the job that makes it."""
     rejected: dict[str, int]
     """Reasons for which corpus rows were kept aside, most frequent first, and their rows."""
-    classes: list[ClassCount]
+    labels: LabelTables | None
     students: dict[str, StudentTables]
     """By rule, the experiment's own first."""
     scores: ScoreTables | None
@@ -120,7 +136,7 @@ def read_run(lineage: Lineage) -> RunTables:
             name: _remedy(artifact) for name, artifact in artifacts.items() if name not in made
         },
         rejected=_rejected(lineage.corpus),
-        classes=_classes(lineage) if lineage.labels.made else [],
+        labels=_labels(lineage) if lineage.labels.made else None,
         students={
             rule: StudentTables(
                 manifest=artifact.manifest(),
@@ -164,9 +180,52 @@ def _rejected(corpus: Artifact) -> dict[str, int]:
     return {count["values"]: count["counts"] for count in counts[:_REASONS_SHOWN]}
 
 
+def _labels(lineage: Lineage) -> LabelTables:
+    details = lineage.labels.manifest().details
+    rejected = Counter[str]()
+    for split in details["splits"].values():
+        rejected.update(split["reasons"])
+    quality = _QUALITY.validate_python(details["quality"])
+    on_test = {kind: splits["test"] for kind, splits in quality.items() if "test" in splits}
+    table = pq.read_table(lineage.labels.path / "reliability.parquet")
+    bins = {
+        name: {kind: _bins(table, kind, name) for kind in on_test} for name in ("bin", "decile")
+    }
+    return LabelTables(
+        calibration=lineage.experiment.calibration.kind,
+        rejected=dict(rejected.most_common(_REASONS_SHOWN)),
+        classes=_classes(lineage),
+        quality=on_test,
+        bins=bins["bin"],
+        deciles=bins["decile"],
+    )
+
+
+def _bins(table: pa.Table, calibration: str, name: str) -> list[ReliabilityBin]:
+    """Return one table of a calibration on the test rows, the least confident rows first."""
+    chosen = (
+        (pc.field("calibration") == calibration)
+        & (pc.field("split") == "test")
+        & (pc.field("table") == name)
+    )
+    return [
+        ReliabilityBin(
+            position=row["position"],
+            lower=row["lower"],
+            upper=row["upper"],
+            rows=row["rows"],
+            mean_confidence=row["confidence_mean"],
+            accuracy=row["accuracy"],
+        )
+        for row in table.filter(chosen).sort_by("position").to_pylist()
+    ]
+
+
 def _classes(lineage: Lineage) -> list[ClassCount]:
-    """Count labels against gold, without holding the texts."""
+    """Count labels against gold, without holding the texts; nothing where the split is missing."""
     folder = lineage.labels.path / "unlabeled"
+    if not folder.is_dir():
+        return []
     pairs = ds.dataset(folder, format="parquet").to_table(columns=["label", "gold"])
     counts = pairs.group_by(["label", "gold"]).aggregate([([], "count_all")]).to_pylist()
     has_gold = any(count["gold"] is not None for count in counts)
@@ -192,7 +251,6 @@ def _scores(lineage: Lineage) -> ScoreTables:
     folder = lineage.scores.path
     return ScoreTables(
         models=_SCORES.validate_json((folder / "scores.json").read_bytes()),
-        reliability=_BINS.validate_json((folder / "reliability.json").read_bytes()),
         mistakes=_mistakes(lineage),
     )
 

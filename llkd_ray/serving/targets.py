@@ -4,12 +4,14 @@ from typing import Literal
 
 from ray import serve
 
-from llkd_ray.config import ServeSection
+from llkd_ray.config import ServeSection, VLLMTeacher
+from llkd_ray.errors import TeacherError
 from llkd_ray.lineage import Lineage
 from llkd_ray.serving.deploy import student_app, teacher_app
 from llkd_ray.serving.teacher import TeacherModel
 from llkd_ray.student.train import MODEL
-from llkd_ray.teacher.calibration import Calibration
+from llkd_ray.teacher.actor import pool_of
+from llkd_ray.teacher.calibration import read_calibrations
 
 
 def application_of(
@@ -35,10 +37,18 @@ def application_of(
             return student_app(folder, name, experiment.student.max_length, config)
         case "teacher":
             labels = lineage.labels.require()
+            fitted = read_calibrations(labels.path / "calibrations.json")
+            teacher = experiment.teacher
+            if not isinstance(teacher, VLLMTeacher):
+                raise TeacherError(
+                    f'serve.target="teacher": a teacher of kind {teacher.kind!r} is not served '
+                    "here; only a vllm one is"
+                )
             model = TeacherModel(
                 task=experiment.task,
-                teacher=experiment.teacher,
-                calibration=Calibration.read(labels.path / "calibration.json"),
+                teacher=teacher,
+                pool=pool_of(experiment),
+                calibration=fitted[experiment.calibration.kind],
                 cache=experiment.cache,
             )
             return teacher_app(model, f"teacher-{labels.fingerprint}", config)

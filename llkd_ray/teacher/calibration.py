@@ -1,66 +1,102 @@
 """From stored log-probabilities to a label and a confidence that means something.
 
-A language model prefers some label words whatever the text says. Calibration takes that away
-after the fact: it needs the stored read-outs only, never the teacher again.
+A language model prefers some label words whatever the text says, and is surer than it is right.
+Calibration takes that away after the fact: it needs the stored read-outs only, never the teacher
+again.
 
 Shape legend: N rows, C classes.
 """
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from llkd_ray.artifacts import write_text
-from llkd_ray.config import CalibrationSection
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+_TEMPERATURES = (0.05, 20.0)
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is subtracted from each label's log-probability before they are normalised."""
+    """A preference that is taken off each label, and a scale for what is left."""
 
     log_prior: tuple[float, ...]
+    """Subtracted from each label's log-probability [C]."""
+    temperature: float = 1.0
+    """Divides the difference: above 1 makes a teacher that is too sure less so."""
 
     @classmethod
-    def fit(
-        cls, config: CalibrationSection, logprobs: Iterable[Floats], num_classes: int
-    ) -> "Calibration":
-        """Estimate the calibration over batches of read-outs, each [N, C].
+    def dividing_by(cls, prior: Floats) -> "Calibration":
+        """Divide each label's probability by what the teacher gives it anyway, [C]."""
+        # A label that never got any probability keeps none; zero over zero would be no number.
+        floored = np.maximum(prior, np.finfo(np.float64).tiny)
+        return cls(tuple(np.log(floored).tolist()))
 
-        `batch` takes the mean of the normalised probabilities over the corpus for the teacher's
-        prior, and so assumes the labels to be about equally frequent.
-        Source: arXiv 2309.17249, with the whole corpus for a batch.
-        """
-        match config.kind:
-            case "none":
-                return cls((0.0,) * num_classes)
-            case "batch":
-                total, rows = np.zeros(num_classes), 0
-                for batch in logprobs:
-                    total += softmax(batch).sum(axis=0)
-                    rows += len(batch)
-                return cls(tuple(np.log(total / rows).tolist()))
+    def logits(self, logprobs: Floats) -> Floats:
+        """Return the calibrated, not yet normalised log-probabilities [N, C]."""
+        logits: Floats = (logprobs - np.array(self.log_prior)) / self.temperature
+        return logits
 
     def probabilities(self, logprobs: Floats) -> Floats:
         """Return the calibrated distribution [N, C] over the labels."""
-        return softmax(logprobs - np.array(self.log_prior))
+        return softmax(self.logits(logprobs))
 
-    def write(self, path: Path) -> None:
-        """Store as JSON."""
-        write_text(path, json.dumps({"log_prior": self.log_prior}) + "\n")
 
-    @classmethod
-    def read(cls, path: Path) -> "Calibration":
-        """Read what `write` stored."""
-        return cls(tuple(json.loads(path.read_text(encoding="utf-8"))["log_prior"]))
+def fit_temperature(logits: Floats, gold: Ints) -> float:
+    """Return the temperature under which gold is likeliest, within 0.05 to 20.
+
+    The negative log-likelihood is convex in 1/T, so over log T it has a single valley, which
+    golden sections close in on.
+
+    Source: Guo et al. 2017, arXiv 1706.04599, section 4.2.
+
+    Args:
+        logits: [N, C], N at least 1; finite where gold is.
+        gold: Position of the right label of each row [N].
+    """
+    below_best = logits - logits.max(axis=1, keepdims=True)
+    of_gold = below_best[np.arange(len(gold)), gold]
+
+    def loss(log_temperature: float) -> float:
+        scale = math.exp(-log_temperature)
+        normaliser = np.log(np.exp(below_best * scale).sum(axis=1))
+        return float(np.mean(normaliser - of_gold * scale))
+
+    low, high = map(math.log, _TEMPERATURES)
+    while high - low > 1e-6:
+        step = _GOLDEN * (high - low)
+        if loss(high - step) <= loss(low + step):
+            high = low + step
+        else:
+            low = high - step
+    return math.exp((low + high) / 2)
 
 
 def softmax(logits: Floats) -> Floats:
     """Normalise exponentials along the last axis, without overflow."""
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True), dtype=np.float64)
+
+
+def write_calibrations(path: Path, fitted: Mapping[str, Calibration]) -> None:
+    """Store calibrations by kind, as JSON."""
+    tree = {kind: asdict(calibration) for kind, calibration in fitted.items()}
+    write_text(path, json.dumps(tree, indent=2) + "\n")
+
+
+def read_calibrations(path: Path) -> dict[str, Calibration]:
+    """Read what `write_calibrations` stored."""
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        kind: Calibration(tuple(stored["log_prior"]), stored["temperature"])
+        for kind, stored in tree.items()
+    }

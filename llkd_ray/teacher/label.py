@@ -1,10 +1,18 @@
 """Turn stored read-outs into labels: calibrate, take the best, keep the probabilities.
 
-This step is cheap and repeatable: another calibration never asks the teacher again.
+This step is cheap and repeatable: another calibration never asks the teacher again. It goes twice
+over the shards, once to count and to fit, once to write, and whoever calls says how a function is
+run over shards: one after the other, or on a cluster.
+
+Shape legend: N rows, C classes, G rows with gold.
 """
 
-from dataclasses import dataclass
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,23 +22,49 @@ import pyarrow.parquet as pq
 
 from llkd_ray import metrics, schema
 from llkd_ray.config import CalibrationSection
-from llkd_ray.corpus import read_shards
-from llkd_ray.teacher.calibration import Calibration, Floats, softmax
+from llkd_ray.errors import TeacherError
+from llkd_ray.teacher import usable
+from llkd_ray.teacher.calibration import (
+    Calibration,
+    Floats,
+    Ints,
+    fit_temperature,
+    softmax,
+    write_calibrations,
+)
+from llkd_ray.teacher.usable import Shard, SplitRows, Tally
 
 _BINS = 10
+# Ids are hashes, so the first rows are a fair sample, and one number needs no more of them.
+_TEMPERATURE_ROWS = 50_000
+
+# Runs a function on every shard, anywhere, and yields the results in the shards' order.
+Each = Callable[[Callable[[Shard], Any], Iterable[Shard]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Counts and, where the unlabeled rows have gold, the teacher's quality on them."""
+    """Counts and, where rows have gold, the teacher's quality on them."""
 
     rows: int
-    """All splits."""
+    """With a label, all splits."""
+    rejected: int
+    """Kept aside, all splits."""
+    splits: dict[str, SplitRows]
     unlabeled_rows: int
     unlabeled_rejected: int
+    unlabeled_rejected_label_mass: int
+    """Of these, rows whose label mass is too small."""
+    temperature: float | None
+    """As fitted; None where there was nothing to fit it on."""
     accuracy: float | None
+    """On the unlabeled split, as is all that follows."""
     accuracy_uncalibrated: float | None
+    accuracy_confident_half: float | None
+    macro_f1: float | None
     ece: float | None
+    quality: dict[str, dict[str, metrics.Quality]]
+    """By calibration, then by split, for all that could be fitted and that have gold."""
 
 
 def label(
@@ -39,68 +73,219 @@ def label(
     folder: Path,
     calibration: CalibrationSection,
     label_names: tuple[str, ...],
+    *,
+    max_rejected_fraction: float,
+    each: Each = map,
 ) -> Labelled:
-    """Calibrate over the unlabeled split and write every split's labels.
+    """Fit every calibration that can be fitted and write every split's labels by the chosen one.
+
+    Memory is bounded by a shard and by some 60 bytes for each row with gold: accuracy by rank of
+    confidence needs all of them at once.
+
+    Args:
+        corpus: The corpus artifact's folder.
+        readouts: The read-outs artifact's folder.
+        folder: To write into.
+        calibration: Which one decides, and what counts as an answer.
+        label_names: The C classes, in the order of the read-outs.
+        max_rejected_fraction: Of all rows; teacher.max_rejected_fraction.
+        each: Runs the two passes, with functions and results that can be pickled. Sums are taken in
+            the shards' order, so that the result does not depend on which shard is done first.
 
     Reads:
-        `SPLIT/shard-*.parquet` of the corpus (schema.TEXT) and of the read-outs
-        (schema.readouts); memory is bounded by a shard.
+        `SPLIT/shard-*.parquet` of the corpus (schema.TEXT) and of the read-outs (schema.readouts);
+        `content_free.parquet` of the read-outs, if there is one.
 
     Writes:
-        `SPLIT/shard-*.parquet` (schema.labels) and `calibration.json`.
+        `SPLIT/shard-*.parquet` (schema.labels), `rejected.parquet` (schema.REJECTED),
+        `calibrations.json` and `reliability.parquet` (schema.RELIABILITY).
+
+    Raises:
+        TooManyRejectedError: More than `max_rejected_fraction` of the rows have no usable answer.
+        TeacherError: None has, or the chosen calibration cannot be fitted.
     """
-    shards = read_shards(readouts / "unlabeled")
-    fitted = Calibration.fit(calibration, map(_logprobs, shards), len(label_names))
-    fitted.write(folder / "calibration.json")
-    rows = answered = unanswered = 0
-    judged: list[_Judged] = []
-    for split in sorted(path.name for path in readouts.iterdir() if path.is_dir()):
+    minimum = calibration.min_label_mass
+    shards = usable.shards_of(corpus.resolve(), readouts.resolve(), folder.resolve())
+    aside = folder / "rejected.parquet"
+    sift = functools.partial(usable.sift, min_label_mass=minimum)
+    tallies = usable.gather(each(sift, shards), len(label_names), aside)
+    usable.check_rejected(tallies, max_rejected_fraction, aside)
+    unlabeled = tallies.get("unlabeled", Tally(np.zeros(len(label_names))))
+    fitted = _fit(calibration, shards, unlabeled, readouts, label_names)
+    write_calibrations(folder / "calibrations.json", fitted)
+    for split in tallies:
         (folder / split).mkdir()
-        for shard in read_shards(readouts / split):
-            asked = pq.read_metadata(shard).num_rows
-            labels = _join(pq.read_table(corpus / split / shard.name), shard, fitted, label_names)
-            pq.write_table(labels, folder / split / shard.name)
-            rows += len(labels)
-            if split == "unlabeled":
-                answered += len(labels)
-                unanswered += asked - len(labels)
-                judged.append(_judge(labels, label_names))
-    return _summarise(judged, rows, answered, unanswered)
+    write = functools.partial(
+        _write,
+        min_label_mass=minimum,
+        fitted=fitted,
+        chosen=calibration.kind,
+        label_names=label_names,
+    )
+    judged: dict[str, list[_Judged]] = {split: [] for split in tallies}
+    for shard, of_shard in zip(shards, each(write, shards), strict=True):
+        judged[shard.split].append(of_shard)
+    splits = {split: tally.rows() for split, tally in tallies.items()}
+    for split, counted in splits.items():
+        assert sum(part.rows for part in judged[split]) == counted.kept, f"{split}: rows got lost"
+    quality = _judge(judged, tuple(fitted), len(label_names), folder / "reliability.parquet")
+    own = quality[calibration.kind].get("unlabeled")
+    raw = quality["none"].get("unlabeled")
+    return Labelled(
+        rows=sum(counted.kept for counted in splits.values()),
+        rejected=sum(counted.rejected for counted in splits.values()),
+        splits=splits,
+        unlabeled_rows=unlabeled.kept,
+        unlabeled_rejected=unlabeled.reasons.total(),
+        unlabeled_rejected_label_mass=unlabeled.reasons[usable.too_little(minimum)],
+        temperature=fitted["temperature"].temperature if "temperature" in fitted else None,
+        accuracy=own.accuracy if own else None,
+        accuracy_uncalibrated=raw.accuracy if raw else None,
+        accuracy_confident_half=own.accuracy_confident_half if own else None,
+        macro_f1=own.macro_f1 if own else None,
+        ece=own.ece if own else None,
+        quality=quality,
+    )
 
 
-def _logprobs(shard: Path) -> Floats:
-    """Read the answered rows' label log-probabilities [N, C] of a shard."""
-    return matrix(pq.read_table(shard, columns=["logprobs"]).column("logprobs").drop_null())
+def _fit(
+    config: CalibrationSection,
+    shards: Sequence[Shard],
+    unlabeled: Tally,
+    readouts: Path,
+    label_names: Sequence[str],
+) -> dict[str, Calibration]:
+    """Fit every calibration that there is something to fit it on, by kind.
+
+    `batch` takes the mean of the normalised probabilities over the unlabeled split for the
+    teacher's prior, and so assumes the labels to be about equally frequent; `contextual` takes
+    that over texts without content.
+
+    Source: arXiv 2309.17249, with the whole corpus for a batch; arXiv 2102.09690.
+    """
+    fitted = {"none": Calibration((0.0,) * len(label_names))}
+    content_free = readouts / "content_free.parquet"
+    if content_free.is_file():
+        told = usable.read_answers(content_free, min_label_mass=0.0).logprobs
+        if len(told):
+            fitted["contextual"] = Calibration.dividing_by(softmax(told).mean(axis=0))
+    if unlabeled.kept:
+        batch = Calibration.dividing_by(unlabeled.probabilities / unlabeled.kept)
+        fitted["batch"] = batch
+        logprobs, gold = _validation(shards, label_names, config.min_label_mass)
+        if len(gold):
+            temperature = fit_temperature(batch.logits(logprobs), gold)
+            fitted["temperature"] = replace(batch, temperature=temperature)
+    if config.kind not in fitted:
+        raise TeacherError(_why_not(config.kind, fitted, content_free))
+    return fitted
 
 
-def matrix(column: pa.ChunkedArray) -> Floats:
-    """Turn a column of fixed-size lists without nulls into an array [N, C]."""
-    flat: Floats = column.combine_chunks().flatten().to_numpy().astype(np.float64)
-    return flat.reshape(len(column), column.type.list_size)
+def _why_not(kind: str, fitted: Mapping[str, Calibration], content_free: Path) -> str:
+    """Say what a calibration that could not be fitted needs."""
+    if kind == "contextual":
+        return (
+            f'{content_free}: calibration.kind="contextual" needs an answer about a text without '
+            'content, and there is none; choose calibration.kind="batch", which asks nothing, or '
+            f"delete {content_free.parent} and run python jobs/label.py again"
+        )
+    if "batch" not in fitted:
+        return (
+            f'calibration.kind="{kind}" is fitted on the unlabeled split, of which no row has a '
+            'usable answer: add "unlabeled" to teacher.splits'
+        )
+    return (
+        f'calibration.kind="{kind}" is fitted on validation rows with a gold label, and the '
+        'teacher answered none: add "validation" to teacher.splits and give corpus.gold_column'
+    )
 
 
-def _join(
-    texts: pa.Table, shard: Path, calibration: Calibration, label_names: tuple[str, ...]
-) -> pa.Table:
-    """Put texts and calibrated answers side by side; rows without an answer are left out."""
-    answers = pq.read_table(shard)
-    answers = answers.filter(pc.is_valid(answers.column("logprobs")))
-    where = pc.index_in(answers.column("row_id"), value_set=texts.column("row_id"))
-    assert where.null_count == 0, f"{shard}: answers to rows that the corpus does not hold"
-    logprobs = matrix(answers.column("logprobs"))
-    probabilities = calibration.probabilities(logprobs)
+def _validation(
+    shards: Sequence[Shard], label_names: Sequence[str], min_label_mass: float
+) -> tuple[Floats, Ints]:
+    """Return log-probabilities [N, C] and gold [N] of validation rows that have it."""
+    logprobs, gold, rows = [np.empty((0, len(label_names)))], [np.empty(0, dtype=np.int64)], 0
+    for shard in shards:
+        if shard.split == "validation" and rows < _TEMPERATURE_ROWS:
+            answers = usable.read_answers(shard.readouts, min_label_mass)
+            of_shard = _positions(
+                usable.texts_of(shard, answers.row_ids).column("gold"), label_names
+            )
+            # Where gold has no probability at all, no temperature gives it any.
+            known = (of_shard >= 0) & np.isfinite(
+                answers.logprobs[np.arange(len(of_shard)), of_shard]
+            )
+            logprobs.append(answers.logprobs[known])
+            gold.append(of_shard[known])
+            rows += int(known.sum())
+    return np.concatenate(logprobs), np.concatenate(gold)
+
+
+def _positions(gold: pa.ChunkedArray, label_names: Sequence[str]) -> Ints:
+    """Return the class of each gold label, -1 where there is none."""
+    found = pc.index_in(gold, value_set=pa.array(label_names, pa.string()))
+    positions: Ints = pc.fill_null(found, -1).to_numpy().astype(np.int64)
+    return positions
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What the second pass leaves of a shard: its count, and its rows with gold beside it."""
+
+    rows: int
+    gold: npt.NDArray[np.int16]
+    """[G]"""
+    predicted: dict[str, npt.NDArray[np.int16]]
+    """By calibration, each [G]."""
+    confidence: dict[str, npt.NDArray[np.float32]]
+    """By calibration, each [G]."""
+
+
+def _write(
+    shard: Shard,
+    *,
+    min_label_mass: float,
+    fitted: Mapping[str, Calibration],
+    chosen: str,
+    label_names: tuple[str, ...],
+) -> _Judged:
+    """Write a shard's labels."""
+    answers = usable.read_answers(shard.readouts, min_label_mass)
+    texts = usable.texts_of(shard, answers.row_ids)
+    probabilities = {
+        kind: calibration.probabilities(answers.logprobs) for kind, calibration in fitted.items()
+    }
+    predicted = {kind: values.argmax(axis=1) for kind, values in probabilities.items()}
+    confidence = {
+        kind: values.max(axis=1).astype(np.float32) for kind, values in probabilities.items()
+    }
     columns = schema.labels(len(label_names))
     vectors = columns.field("probabilities").type
-    return pa.Table.from_arrays(
+    table = pa.Table.from_arrays(
         [
-            *texts.take(where).select(schema.TEXT.names).columns,
-            pa.array(np.array(label_names)[probabilities.argmax(axis=1)], pa.string()),
-            pa.array(probabilities.max(axis=1), pa.float32()),
-            _vectors(probabilities, vectors),
-            _vectors(logprobs, vectors),
-            pa.array(np.exp(logprobs).sum(axis=1), pa.float32()),
+            *texts.columns,
+            pa.array(np.array(label_names, dtype=object)[predicted[chosen]], pa.string()),
+            pa.array(confidence[chosen]),
+            _vectors(probabilities[chosen], vectors),
+            _vectors(answers.logprobs, vectors),
+            pa.array(answers.label_mass),
+            *(
+                pa.array(confidence[kind])
+                if kind in confidence
+                else pa.nulls(len(texts), pa.float32())
+                for kind in schema.CALIBRATIONS
+            ),
         ],
         schema=columns,
+    )
+    pq.write_table(table, shard.labels)
+    gold = _positions(texts.column("gold"), label_names)
+    known = gold >= 0
+    return _Judged(
+        rows=len(table),
+        gold=gold[known].astype(np.int16),
+        predicted={kind: values[known].astype(np.int16) for kind, values in predicted.items()},
+        confidence={kind: values[known] for kind, values in confidence.items()},
     )
 
 
@@ -109,36 +294,37 @@ def _vectors(values: Floats, kind: pa.DataType) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, type=kind)
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """The teacher against gold on a shard's rows that have it."""
-
-    confidence: Floats
-    correct: npt.NDArray[np.bool_]
-    correct_uncalibrated: npt.NDArray[np.bool_]
-
-
-def _judge(labels: pa.Table, label_names: tuple[str, ...]) -> _Judged:
-    known = labels.filter(pc.is_valid(labels.column("gold")))
-    gold = known.column("gold").to_numpy()
-    raw = softmax(matrix(known.column("logprobs"))).argmax(axis=1)
-    return _Judged(
-        confidence=known.column("confidence").to_numpy().astype(np.float64),
-        correct=known.column("label").to_numpy() == gold,
-        correct_uncalibrated=np.array(label_names, dtype=object)[raw] == gold,
-    )
-
-
-def _summarise(judged: list[_Judged], rows: int, answered: int, unanswered: int) -> Labelled:
-    confidence = np.concatenate([part.confidence for part in judged])
-    correct = np.concatenate([part.correct for part in judged])
-    uncalibrated = np.concatenate([part.correct_uncalibrated for part in judged])
-    known = len(correct) > 0
-    return Labelled(
-        rows=rows,
-        unlabeled_rows=answered,
-        unlabeled_rejected=unanswered,
-        accuracy=float(correct.mean()) if known else None,
-        accuracy_uncalibrated=float(uncalibrated.mean()) if known else None,
-        ece=metrics.expected_calibration_error(confidence, correct, _BINS) if known else None,
-    )
+def _judge(
+    judged: Mapping[str, Sequence[_Judged]], kinds: Sequence[str], num_classes: int, path: Path
+) -> dict[str, dict[str, metrics.Quality]]:
+    """Hold every calibration against gold, by calibration and split, and write the tables."""
+    quality: dict[str, dict[str, metrics.Quality]] = {kind: {} for kind in kinds}
+    rows: list[dict[str, object]] = []
+    for kind, (split, shards) in itertools.product(kinds, judged.items()):
+        gold = np.concatenate([shard.gold for shard in shards]).astype(np.int64)
+        if not len(gold):
+            continue
+        predicted = np.concatenate([shard.predicted[kind] for shard in shards]).astype(np.int64)
+        confidence = np.concatenate([shard.confidence[kind] for shard in shards]).astype(np.float64)
+        correct = gold == predicted
+        quality[kind][split] = metrics.quality(gold, predicted, confidence, num_classes, _BINS)
+        for table, bins in (
+            ("bin", metrics.reliability(confidence, correct, _BINS)),
+            ("decile", metrics.reliability_by_rank(confidence, correct, _BINS)),
+        ):
+            rows += [
+                {
+                    "calibration": kind,
+                    "split": split,
+                    "table": table,
+                    "position": bin_.position,
+                    "rows": bin_.rows,
+                    "confidence_mean": bin_.mean_confidence,
+                    "accuracy": bin_.accuracy,
+                    "lower": bin_.lower,
+                    "upper": bin_.upper,
+                }
+                for bin_ in bins
+            ]
+    pq.write_table(pa.Table.from_pylist(rows, schema.RELIABILITY), path)
+    return quality

@@ -1,9 +1,12 @@
-"""From a teacher setting to a folder that vLLM loads."""
+"""From a model setting to a folder with safetensors."""
 
+import contextlib
 import fcntl
+import io
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from llkd_ray import embedded
@@ -24,46 +27,72 @@ def teacher_folder(model: str, cache: str) -> Path:
     """
     if model in embedded.TEACHERS:
         return _converted(model, Path(cache).expanduser())
+    return _named_folder("teacher.model", model, embedded.TEACHERS)
+
+
+def encoder_folder(model: str) -> Path:
+    """Return the folder of the encoder that finds the nearest examples.
+
+    Args:
+        model: An embedded encoder's name, or a folder with safetensors and a tokenizer.
+
+    Raises:
+        TeacherError: There is no such encoder.
+    """
+    if model in embedded.STUDENTS:
+        return embedded.locate(embedded.STUDENTS[model])
+    return _named_folder("teacher.shots.encoder", model, embedded.STUDENTS)
+
+
+def _named_folder(setting: str, model: str, known: Iterable[str]) -> Path:
     folder = Path(model).expanduser()
     if not (folder / "config.json").is_file():
-        names = ", ".join(embedded.TEACHERS)
         raise TeacherError(
-            f"teacher.model = {model!r}: neither an embedded model ({names}) nor a folder with a "
-            "config.json"
+            f"{setting} = {model!r}: neither an embedded model ({', '.join(known)}) nor a folder "
+            "with a config.json"
         )
     if not list(folder.glob("*.safetensors")):
         raise TeacherError(
-            f"teacher.model = {model!r}: no *.safetensors there; other weight formats can run "
-            "code when loaded and are refused"
+            f"{setting} = {model!r}: no *.safetensors there; other weight formats can run code "
+            "when loaded and are refused"
         )
     return folder.resolve()
 
 
 def _converted(model: str, cache: Path) -> Path:
     """Turn a GGUF file into a folder with float32 safetensors, once per package version."""
-    source = embedded.locate(embedded.TEACHERS[model])
     folder = cache / f"{model}-{embedded.revision(model).partition('==')[2]}"
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f".{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # Two jobs may want it at once; the second waits.
         if not folder.is_dir():
-            _log.info("converting %s to safetensors, once, into %s", source.name, folder)
+            _log.info("converting %s to safetensors, once, into %s", model, folder)
             beside = folder.with_name(folder.name + ".making")
             shutil.rmtree(beside, ignore_errors=True)
-            _convert(source, beside)
+            beside.mkdir()
+            gguf = beside / "model.gguf"
+            embedded.write_whole(embedded.TEACHERS[model], gguf)
+            _convert(gguf, beside)
+            gguf.unlink()
             os.replace(beside, folder)
     return folder
 
 
-def _convert(source: Path, folder: Path) -> None:
+def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    arguments = {"gguf_file": source.name, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, **arguments)
-    model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **arguments)
+    arguments = {"gguf_file": gguf.name, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **arguments)
+    if _adds_bos(gguf):
+        # transformers 5.19 does not take this over from the file, and without its first token
+        # Gemma answers nonsense.
+        tokenizer.add_bos_token = True
+    # The bar of the GGUF reader does not listen to the switch above.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **arguments)
     # The weights are plain float32 now; transformers refuses to save them while the model still
     # says that it is quantized.
     model.hf_quantizer = None
@@ -72,3 +101,11 @@ def _convert(source: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _adds_bos(gguf: Path) -> bool:
+    """Read whether the model wants its beginning-of-sequence token before any text."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(gguf).get_field("tokenizer.ggml.add_bos_token")
+    return field is not None and bool(field.contents())

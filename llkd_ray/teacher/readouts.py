@@ -1,17 +1,11 @@
-"""Run the teacher over the corpus, once: Ray Data streams shards through vLLM actors.
+"""Run the teacher over the corpus, once: Ray Data streams rows through a pool of teacher actors.
 
-Each answered batch is at once written as a part beside its shard, so what is answered stays
-answered whatever is killed. A run that goes on reads which rows the parts hold and asks for the
-others only. When every row has its answer, the parts of a shard become one file, checked row by
-row against the corpus.
+Readers hand on the rows of each shard that the ledger has no answer for; actors answer them and
+write the ledger. When every row has its answer, each shard's answers are put beside it in the
+corpus's order, checked row by row.
 """
 
 import functools
-import hashlib
-import logging
-import os
-import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,38 +16,37 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
-from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+from ray.data import ActorPoolStrategy
 
 from llkd_ray import schema
-from llkd_ray.config import TaskSection, TeacherSection
-from llkd_ray.corpus import read_shards
-from llkd_ray.errors import TooManyRejectedError
-from llkd_ray.progress import progress
-from llkd_ray.teacher.engine import engine_arguments, engine_environment, sampling_arguments
-from llkd_ray.teacher.engine_stage import CountingEngine
-from llkd_ray.teacher.prompt import Prompt
-from llkd_ray.teacher.verbalizer import label_token_ids
+from llkd_ray.cluster import TASK_CPUS, each
+from llkd_ray.config import VLLMTeacher
+from llkd_ray.corpus import read_shards, row_id
+from llkd_ray.errors import TeacherError, TooManyRejectedError
+from llkd_ray.teacher.actor import Opening, TeacherActor
+from llkd_ray.teacher.answers import CONTENT_FREE
+from llkd_ray.teacher.engine import engine_environment
+from llkd_ray.teacher.ledger import Ledger, range_name
+from llkd_ray.teacher.tally import Tally
 
-_log = logging.getLogger(__name__)
-
-# A reader or writer needs little; with whole CPUs a pool of teachers could starve them.
-_TASK_CPUS = 0.25
+CONTENT_FREE_FILE = "content_free.parquet"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of the corpus and where its read-outs go."""
+    """A shard of texts and where its answers go."""
 
-    corpus: str
-    readouts: str
-    """Without suffix: PATH/ holds the parts, PATH.parquet is the sealed shard."""
+    texts: str
+    """A file with row_id and text, sorted by row_id."""
+    sealed: str
+    """The file that holds its answers when all are there."""
     take: int
     """Rows to label, from the first."""
 
-    @property
-    def sealed(self) -> Path:
-        """The finished shard."""
-        return Path(f"{self.readouts}.parquet")
+    def row_ids(self) -> pa.Array:
+        """Return the ids to label, sorted [N]."""
+        ids = pq.read_table(self.texts, columns=["row_id"]).column("row_id")
+        return ids.slice(0, self.take).combine_chunks()
 
 
 @dataclass(frozen=True)
@@ -65,272 +58,241 @@ class Answered:
     rejected: int
     """Of these, rows without an answer."""
     answered_now: int
-    """Rows answered by this call."""
+    """Rows that this call asked the teacher about."""
     rows_per_s: float
     """Rate of this call between its first and its last batch; 0 when it had nothing to ask."""
+    tokens_per_s: float
+    """Uncached prompt tokens computed in that time, by all actors."""
+    actors: int
+    """Teachers that answered."""
     prompt_tokens: int
     cached_tokens: int
+    cut_rows: int
+    """Rows whose text was cut to fit."""
     duplicates: int
+    """Rows that stand twice among the answers: 0, or something is broken."""
+    cost_usd: float
+    """Of this call's asking, by the prices of the experiment."""
 
 
-def plan(corpus: Path, folder: Path, teacher: TeacherSection) -> list[Shard]:
+def plan(corpus: Path, folder: Path, splits: tuple[str, ...], max_rows: int | None) -> list[Shard]:
     """List the shards to label, with the label budget spread over the first of them."""
     shards = []
-    for split in teacher.splits:
-        left = teacher.max_unlabeled_rows if split == "unlabeled" else None
+    for split in splits:
+        left = max_rows if split == "unlabeled" else None
         for path in read_shards(corpus / split):
             rows = pq.read_metadata(path).num_rows
             take = rows if left is None else min(left, rows)
             left = None if left is None else left - take
             if take:
-                shards.append(Shard(str(path), str(folder / split / path.stem), take))
+                shards.append(Shard(str(path), str(folder / split / path.name), take))
     return shards
 
 
-def read_out(
-    corpus: Path, folder: Path, task: TaskSection, teacher: TeacherSection, model: Path
-) -> Answered:
-    """Ask the teacher about every row that has no answer yet, then seal the shards.
+def read_out(corpus: Path, folder: Path, opening: Opening, ledger: Ledger) -> Answered:
+    """Ask the teacher about every row that has no answer yet, then put the answers in order.
 
     Args:
         corpus: The corpus artifact's folder.
-        folder: The read-outs' unfinished folder; what it holds already is kept.
-        task: Labels, examples and wording.
-        teacher: Engine and actors.
-        model: Folder of the teacher's weights.
+        folder: The read-outs' unfinished folder.
+        opening: The teacher.
+        ledger: Its answers so far.
 
     Reads:
         `SPLIT/shard-*.parquet` (schema.TEXT).
 
     Writes:
         `SPLIT/shard-*.parquet` (schema.readouts), one row per row asked about, in the corpus's
-        order, and `rejected.parquet`.
+        order; `content_free.parquet`, the answers about texts without content; `rejected.parquet`.
 
     Raises:
-        TeacherError: The labels or the prompt do not suit the teacher's tokenizer.
+        TeacherError: The teacher cannot answer, or not about these labels.
         TooManyRejectedError: More than `max_rejected_fraction` of the rows got no answer.
     """
-    tokenizer = _tokenizer(str(model))
-    token_ids = label_token_ids(tokenizer, task)
-    Prompt.of(task).token_ids(tokenizer, "a text", teacher.engine.max_model_len - 1)
-    shards = plan(corpus, folder, teacher)
+    teacher = opening.teacher
+    free = _write_content_free(folder)
+    shards = plan(corpus, folder, teacher.splits, teacher.max_unlabeled_rows)
     for shard in shards:
-        Path(shard.readouts).mkdir(parents=True, exist_ok=True)
-    open_shards = [shard for shard in shards if not shard.sealed.is_file()]
+        Path(shard.sealed).parent.mkdir(parents=True, exist_ok=True)
     taken = sum(shard.take for shard in shards)
-    done = taken - sum(len(_pending(shard)) for shard in open_shards)
-    answered, rows_per_s = 0, 0.0
-    if done < taken:
-        parts = _answers(open_shards, task, teacher, model, token_ids)
-        answered, rows_per_s = _follow(parts, taken, done)
+    tally = Tally(opening, taken)
+    with ledger.only_writer():
+        for _ in range(teacher.attempts):
+            todo = list(_unanswered([free, *shards], ledger, teacher.attempts))
+            if not todo:
+                break
+            tally.begin(sum(rows for _, rows in todo))
+            _ask([shard for shard, _ in todo], opening, ledger, tally)
+        for parts in ledger.open_folders():
+            ledger.compact(parts)
+    _seal(free, ledger)
     counts = Counter[str]()
-    for shard in shards:
-        counts.update(_seal(shard, len(token_ids)))
+    for sealed in each(functools.partial(_seal, ledger=ledger), shards):
+        counts.update(sealed)
     rejected = _write_rejected(shards, folder / "rejected.parquet")
-    if rejected > teacher.max_rejected_fraction * taken:
+    if rejected.total() > teacher.max_rejected_fraction * taken:
+        reasons = "; ".join(f"{reason} ({rows})" for reason, rows in rejected.most_common(3))
         raise TooManyRejectedError(
-            f"the teacher gave no answer for {rejected} of {taken} rows, more than "
-            f"teacher.max_rejected_fraction = {teacher.max_rejected_fraction}; the reasons are in "
+            f"the teacher gave no answer for {rejected.total()} of {taken} rows, more than "
+            f"teacher.max_rejected_fraction = {teacher.max_rejected_fraction}: {reasons}; ask "
+            f"about these rows again with teacher.attempts={teacher.attempts + 1}, or see "
             f"{folder / 'rejected.parquet'}"
         )
-    for shard in shards:
-        shutil.rmtree(shard.readouts, ignore_errors=True)
     return Answered(
         taken=taken,
-        rejected=rejected,
-        answered_now=answered,
-        rows_per_s=rows_per_s,
+        rejected=rejected.total(),
+        answered_now=tally.rows,
+        rows_per_s=tally.rows_per_s,
+        tokens_per_s=tally.tokens_per_s,
+        actors=tally.actors,
         prompt_tokens=counts["prompt_tokens"],
         cached_tokens=counts["cached_tokens"],
+        cut_rows=counts["cut_rows"],
         duplicates=counts["duplicates"],
+        cost_usd=tally.cost_usd,
     )
 
 
-def _answers(
-    shards: list[Shard],
-    task: TaskSection,
-    teacher: TeacherSection,
-    model: Path,
-    token_ids: list[int],
-) -> Any:
-    """Put the streaming pipeline together; its rows are counts of written parts."""
+def _ask(shards: list[Shard], opening: Opening, ledger: Ledger, tally: Tally) -> None:
+    """Stream the unanswered rows of shards through the teacher actors."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    teacher = opening.teacher
     actors = teacher.actors
-    processor = build_processor(
-        vLLMEngineProcessorConfig(
-            model_source=str(model),
-            engine_kwargs=engine_arguments(teacher.engine),
-            batch_size=teacher.batch_size,
-            concurrency=(actors.min, actors.max),
-            placement_group_config={
-                "bundles": [_bundle(teacher)] * teacher.engine.tensor_parallel_size
-            },
-            runtime_env={"env_vars": engine_environment(teacher.engine, actors.threads)},
-            chat_template_stage=False,
-            tokenize_stage=False,
-            detokenize_stage=False,
-            should_continue_on_error=True,
-            log_engine_metrics=False,
-        ),
-        preprocess=functools.partial(
-            _ask,
-            prompt=Prompt.of(task),
-            model=str(model),
-            max_tokens=teacher.engine.max_model_len - 1,
-            sampling=sampling_arguments(token_ids),
-        ),
-        postprocess=functools.partial(_answer, token_ids=token_ids),
-        preprocess_map_kwargs={"num_cpus": _TASK_CPUS},
-        postprocess_map_kwargs={"num_cpus": _TASK_CPUS},
+    resources: dict[str, Any] = {"num_cpus": actors.num_cpus}
+    if isinstance(teacher, VLLMTeacher):
+        if actors.num_gpus:
+            resources["num_gpus"] = actors.num_gpus * teacher.engine.tensor_parallel_size
+        environment = engine_environment(teacher.engine, actors.threads)
+        resources["runtime_env"] = {"env_vars": environment}
+    rows = (
+        ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
+        .map_batches(
+            functools.partial(
+                _read_unanswered,
+                ledger=ledger,
+                attempts=teacher.attempts,
+                batch_size=teacher.batch_size,
+            ),
+            batch_size=1,
+            batch_format="numpy",
+            num_cpus=TASK_CPUS,
+        )
+        .repartition(target_num_rows_per_block=teacher.batch_size)
     )
-    # A copy, since assigning to the stage would run its validators again, and the second time they
-    # find no placement group and ask for a GPU.
-    stage = processor.get_stage_by_name("vLLMEngineStage")
-    processor.stages["vLLMEngineStage"] = stage.model_copy(update={"fn": CountingEngine})
-    rows = ray.data.from_items(
-        [asdict(shard) for shard in shards], override_num_blocks=len(shards)
-    ).map_batches(_read_pending, batch_size=1, batch_format="numpy", num_cpus=_TASK_CPUS)
-    batches = rows.repartition(target_num_rows_per_block=teacher.batch_size)
-    return processor(batches).map_batches(
-        functools.partial(_write_parts, num_classes=len(token_ids)),
-        batch_size=None,
+    counts = rows.map_batches(
+        TeacherActor,
+        fn_constructor_args=(opening, ledger),
+        batch_size=teacher.batch_size,
         batch_format="pyarrow",
-        num_cpus=_TASK_CPUS,
+        compute=ActorPoolStrategy(
+            min_size=actors.min,
+            max_size=actors.max,
+            max_concurrent_calls_per_actor=actors.batches_in_flight,
+            max_tasks_in_flight_per_actor=2 * actors.batches_in_flight,
+        ),
+        **resources,
     )
+    try:
+        with tally.shown():
+            for batch in counts.iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=0
+            ):
+                tally.add(batch)
+    except ray.exceptions.RayTaskError as error:
+        # What the teacher itself said is what the user can act on; the rest is ours.
+        if isinstance(error.cause, TeacherError):
+            raise error.cause from None
+        raise
 
 
-def _bundle(teacher: TeacherSection) -> dict[str, float]:
-    bundle = {"CPU": teacher.actors.num_cpus}
-    if teacher.actors.num_gpus:
-        bundle["GPU"] = teacher.actors.num_gpus
-    return bundle
+def _unanswered(shards: list[Shard], ledger: Ledger, attempts: int) -> Iterator[tuple[Shard, int]]:
+    """Yield the shards with rows to ask about, and how many these are."""
+    count = functools.partial(count_unanswered, ledger=ledger, attempts=attempts)
+    for shard, rows in zip(shards, each(count, shards), strict=True):
+        if rows:
+            yield shard, rows
 
 
-def _follow(parts: Any, taken: int, done: int) -> tuple[int, float]:
-    """Run the pipeline and show its progress; return rows answered and rows per second."""
-    answered = first_batch = 0
-    first = last = 0.0
-    with progress("label", "rows", taken, done) as bar:
-        for batch in parts.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
-            rows = int(batch["rows"].sum())
-            last = time.perf_counter()
-            if not answered:
-                first, first_batch = last, rows
-            answered += rows
-            bar.update(rows)
-    # The first batch ends the start-up of the engine; the rate is of what came after it.
-    return answered, (answered - first_batch) / (last - first) if last > first else 0.0
+def count_unanswered(shard: Shard, ledger: Ledger, attempts: int) -> int:
+    """Count the rows of a shard that are still to be asked about."""
+    ids = shard.row_ids()
+    return len(ids) - len(_settled(ledger.find(ids), attempts))
 
 
-@functools.cache
-def _tokenizer(model: str) -> Any:
-    """Load the teacher's tokenizer, once per process."""
-    from transformers import AutoTokenizer
+def _settled(entries: pa.Table, attempts: int) -> pa.Table:
+    """Leave out the entries of rows that failed and may be asked about again."""
+    answered = pc.is_null(entries.column("error"))
+    spent = pc.greater_equal(entries.column("attempt"), attempts)
+    return entries.filter(pc.or_(answered, spent))
 
-    return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+
+def _read_unanswered(
+    batch: dict[str, Any], *, ledger: Ledger, attempts: int, batch_size: int
+) -> Iterator[pa.Table]:
+    """Yield the unanswered rows of shards; memory is bounded by a few batches and a shard's ids."""
+    for values in zip(batch["texts"], batch["sealed"], batch["take"], strict=True):
+        shard = Shard(str(values[0]), str(values[1]), int(values[2]))
+        ids = shard.row_ids()
+        parts = range_name(ids[0].as_py(), ids[-1].as_py())
+        entries = ledger.find(ids)
+        settled = _settled(entries, attempts).column("row_id").combine_chunks()
+        failed = entries.column("row_id").combine_chunks()
+        left = shard.take
+        with pq.ParquetFile(shard.texts) as file:
+            for texts in file.iter_batches(batch_size, columns=["row_id", "text"]):
+                rows = pa.Table.from_batches([texts.slice(0, left)])
+                left -= len(rows)
+                rows = rows.filter(pc.invert(pc.is_in(rows.column("row_id"), value_set=settled)))
+                if not rows:
+                    continue
+                where = pc.index_in(rows.column("row_id"), value_set=failed)
+                before = pc.fill_null(entries.column("attempt").take(where), 0)
+                yield rows.append_column(
+                    "attempt", pc.add(before, 1).cast(pa.int32())
+                ).append_column("parts", pa.array([parts] * len(rows), pa.string()))
 
 
-def _pending(shard: Shard) -> pa.Table:
-    """Return the rows of a shard that no part answers yet."""
-    rows = pq.read_table(shard.corpus, columns=["row_id", "text"]).slice(0, shard.take)
-    done = [
-        pq.read_table(part, columns=["row_id"]).column("row_id")
-        for part in Path(shard.readouts).glob("*.parquet")
+def _write_content_free(folder: Path) -> Shard:
+    """Write the texts without content as a shard of their own."""
+    texts = folder / ".content_free_texts.parquet"
+    rows = [
+        {"row_id": id_, "text": text} for id_, text in sorted((row_id(t), t) for t in CONTENT_FREE)
     ]
-    if not done:
-        return rows
-    answered = pa.chunked_array([chunk for column in done for chunk in column.chunks], pa.string())
-    return rows.filter(pc.invert(pc.is_in(rows.column("row_id"), value_set=answered)))
+    pq.write_table(pa.Table.from_pylist(rows), texts)
+    return Shard(str(texts), str(folder / CONTENT_FREE_FILE), len(rows))
 
 
-def _read_pending(batch: dict[str, Any]) -> Iterator[pa.Table]:
-    for corpus, readouts, take in zip(
-        batch["corpus"], batch["readouts"], batch["take"], strict=True
-    ):
-        shard = Shard(str(corpus), str(readouts), int(take))
-        rows = _pending(shard)
-        yield rows.append_column("part_of", pa.array([shard.readouts] * len(rows), pa.string()))
-
-
-def _ask(
-    row: dict[str, Any], *, prompt: Prompt, model: str, max_tokens: int, sampling: dict[str, Any]
-) -> dict[str, Any]:
-    return {
-        "tokenized_prompt": prompt.token_ids(_tokenizer(model), row["text"], max_tokens),
-        "sampling_params": sampling,
-    }
-
-
-def _answer(row: dict[str, Any], *, token_ids: list[int]) -> dict[str, Any]:
-    """Take from the engine's output what is stored, as flat columns."""
-    logprobs = row["logprobs"][0]
-    return {
-        "row_id": row["row_id"],
-        "part_of": row["part_of"],
-        "logprobs": [logprobs[token]["logprob"] for token in token_ids],
-        "prompt_tokens": row["num_input_tokens"],
-        "cached_tokens": row["metrics"]["num_cached_tokens"],
-    }
-
-
-def _write_parts(table: pa.Table, *, num_classes: int) -> pa.Table:
-    """Write a block of answers beside its shards and return how many there were.
-
-    A part is named by its rows, so that a task which Ray runs again writes the same file again.
-    """
-    columns = schema.readouts(num_classes)
-    for readouts in pc.unique(table.column("part_of")).to_pylist():
-        rows = table.filter(pc.equal(table.column("part_of"), readouts))
-        records = [
-            {**row, "prompt_tokens": 0, "cached_tokens": 0, "logprobs": None, "error": error}
-            if (error := row.get("__inference_error__"))
-            else row
-            for row in rows.to_pylist()
-        ]
-        part = pa.Table.from_pylist(records, columns)
-        digest = hashlib.sha256("".join(part.column("row_id").to_pylist()).encode())
-        path = Path(readouts) / f"{digest.hexdigest()[:16]}.parquet"
-        beside = path.with_suffix(f".{os.getpid()}")
-        pq.write_table(part, beside)
-        os.replace(beside, path)
-    return pa.table({"rows": [len(table)]})
-
-
-def _seal(shard: Shard, num_classes: int) -> Counter[str]:
-    """Join the parts of a shard in the corpus's order, prove that no row is lost, count tokens."""
-    if not shard.sealed.is_file():
-        asked = pq.read_table(shard.corpus, columns=["row_id"]).slice(0, shard.take)
-        parts = [pq.read_table(part) for part in sorted(Path(shard.readouts).glob("*.parquet"))]
-        answers = pa.concat_tables(parts) if parts else schema.readouts(num_classes).empty_table()
-        # A block that Ray ran again with other neighbours can answer a row a second time; the
-        # read-out is deterministic, so the first found stands.
-        found = pc.index_in(asked.column("row_id"), value_set=answers.column("row_id"))
-        assert found.null_count == 0, f"{shard.corpus}: {found.null_count} rows have no answer"
-        sealed = answers.take(found)
-        beside = shard.sealed.with_suffix(".making")
-        pq.write_table(sealed, beside)
-        os.replace(beside, shard.sealed)
+def _seal(shard: Shard, ledger: Ledger) -> Counter[str]:
+    """Write a shard's answers in the corpus's order, prove that no row is lost, count."""
+    asked = shard.row_ids()
+    entries = ledger.find(asked)
+    ids = entries.column("row_id").combine_chunks()
+    assert ids.equals(asked), f"{shard.texts}: {len(asked)} rows, {len(ids)} of them answered"
+    answers = entries.select(schema.readouts(ledger.num_classes).names)
+    beside = Path(f"{shard.sealed}.making")
+    pq.write_table(answers, beside)
+    beside.replace(shard.sealed)
     sealed = pq.read_table(shard.sealed)
-    distinct = pc.count_distinct(sealed.column("row_id")).as_py()
     return Counter(
         prompt_tokens=pc.sum(sealed.column("prompt_tokens")).as_py(),
         cached_tokens=pc.sum(sealed.column("cached_tokens")).as_py(),
-        duplicates=len(sealed) - distinct,
+        cut_rows=pc.sum(pc.greater(sealed.column("cut_tokens"), 0)).as_py(),
+        duplicates=len(sealed) - pc.count_distinct(sealed.column("row_id")).as_py(),
     )
 
 
-def _write_rejected(shards: list[Shard], path: Path) -> int:
-    """Gather the rows without an answer; return how many."""
-    count = 0
+def _write_rejected(shards: list[Shard], path: Path) -> Counter[str]:
+    """Gather the rows without an answer; return how often each reason was given."""
+    reasons = Counter[str]()
     with pq.ParquetWriter(path, schema.REJECTED) as writer:
         for shard in shards:
             failed = pq.read_table(shard.sealed, columns=["row_id", "error"])
             failed = failed.filter(pc.is_valid(failed.column("error")))
-            count += len(failed)
+            reasons.update(failed.column("error").to_pylist())
             nothing = pa.nulls(len(failed), pa.string())
             writer.write_table(
                 pa.Table.from_arrays([*failed.columns, nothing], schema=schema.REJECTED)
             )
-    return count
+    return reasons

@@ -1,0 +1,332 @@
+"""What do crashes cost? A labelling is killed again and again, and compared with an unbroken one.
+
+Processes and language model are real, and every kill is a SIGKILL:
+
+- `worker` and `engine`: vLLM's own processes. The actor starts another engine;
+- `actor`: the Ray actor that holds the teacher. Ray starts another;
+- `driver`: the job. It is run again;
+- `cluster`: the job, Ray's scheduler and its store, all at once. The job is run again.
+
+`lost` and `duplicates` are counted from the labels against the corpus. A kill costs at most the
+rows that the actor held (batches_in_flight * batch_size, or what was left), and the rows that the
+ledger was then seen to be given a second time; `relabelled_most` is the sum for the worst kill.
+`orphans` are processes of either run that still live when both are over.
+"""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import figures
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from llkd_ray.config import VLLMTeacher, load_experiment
+from llkd_ray.corpus import read_shards
+from llkd_ray.lineage import Lineage
+from llkd_ray.teacher.answers import CONTENT_FREE
+
+JOBS = Path(__file__).parents[1]
+QUICKSTART = JOBS / "configs/quickstart.toml"
+
+_TITLES = {
+    "worker": ("VLLM::Worker",),
+    "engine": ("VLLM::EngineCore",),
+    "actor": ("ray::MapWorker(MapBatches(TeacherActor))",),
+    "cluster": ("raylet", "gcs_server"),
+}
+_TIMEOUT_S = 600.0
+_GRACE_S = 90.0
+# They take a minute to notice that their raylet was killed, and hold nothing that is missed.
+_RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What is killed, and when."""
+
+    victim: str
+    after_rows: int
+    """Rows answered since the kill before; 0: while the engine is loading."""
+
+    @property
+    def ends_job(self) -> bool:
+        """Whether the job has to be run again."""
+        return self.victim in ("driver", "cluster")
+
+
+QUICK = (Kill("engine", 50), Kill("actor", 50), Kill("driver", 50))
+FULL = (
+    Kill("worker", 40),
+    Kill("engine", 100),
+    Kill("actor", 0),
+    Kill("actor", 60),
+    Kill("driver", 0),
+    Kill("driver", 80),
+    Kill("cluster", 40),
+    Kill("actor", 100),
+)
+
+
+class Labelling:
+    """A labelling job in processes of its own, and its ledger as seen from outside."""
+
+    def __init__(self, folder: str, name: str, rows: int) -> None:
+        self._arguments = [
+            str(QUICKSTART),
+            f"runs={folder}",
+            f"name={name}",
+            'teacher.splits=["unlabeled"]',
+            f"teacher.max_unlabeled_rows={rows}",
+            "teacher.batch_size=8",
+            "corpus.shard_rows=200",
+        ]
+        experiment = load_experiment(QUICKSTART, self._arguments[1:])
+        teacher = experiment.teacher
+        assert isinstance(teacher, VLLMTeacher)
+        self.held_rows = teacher.batch_size * teacher.actors.batches_in_flight
+        self.rows = rows
+        self.answered = set[str]()
+        self.started = set[psutil.Process]()
+        """Every process of the job, ended ones too."""
+        self.answered_again = 0
+        """Rows that were written into the ledger when they stood there already."""
+        self._lineage = Lineage(experiment)
+        self._written: dict[Path, int] = {}
+        self._log = Path(folder) / f"{name}.log"
+        self._driver: subprocess.Popen[bytes] | None = None
+
+    def prepare(self) -> None:
+        """Make the corpus."""
+        with open(self._log, "ab") as log:
+            subprocess.run(self._command("prepare"), stdout=log, stderr=log, check=True)
+
+    def start(self) -> None:
+        """Begin the job, or begin it again."""
+        with open(self._log, "ab") as log:
+            self._driver = subprocess.Popen(self._command("label"), stdout=log, stderr=log)
+
+    def wait(self, until_answered: int | None = None) -> None:
+        """Watch the ledger.
+
+        Args:
+            until_answered: Rows that it is to hold, 0 for an engine that is loading; the job's end
+                when not given.
+        """
+        assert self._driver is not None
+        deadline = time.monotonic() + _TIMEOUT_S
+        while (status := self._driver.poll()) is None:
+            self.look()
+            self.started.update(self._processes())
+            if until_answered is not None and (
+                len(self.answered) >= until_answered if until_answered else self.processes("engine")
+            ):
+                return
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no end in sight:\n{self._said()}")
+            time.sleep(_POLL_S)
+        if status != 0 or until_answered is not None:
+            raise RuntimeError(f"the job ended with status {status}:\n{self._said()}")
+
+    def look(self) -> None:
+        """Take notice of what was written into the ledger since the last look."""
+        # Files right in the ledger are parts put together: nothing new.
+        for path in self._lineage.ledger.glob("*/*.parquet"):
+            with contextlib.suppress(FileNotFoundError):
+                written = path.stat().st_mtime_ns
+                if path.name.startswith(".") or self._written.get(path) == written:
+                    continue
+                ids = _column(path, "row_id")
+                self._written[path] = written
+                self.answered_again += len(self.answered.intersection(ids))
+                self.answered.update(ids)
+
+    def kill(self, victim: str) -> list[psutil.Process]:
+        """Kill, and return the processes that are to end with that; Ray's agents are left out."""
+        assert self._driver is not None
+        driver = psutil.Process(self._driver.pid)
+        victims = [driver] if victim == "driver" else self.processes(victim)
+        if not victims:
+            raise RuntimeError(f"there is no {victim} to kill:\n{self._said()}")
+        if victim == "cluster":
+            victims.append(driver)
+        ending = {p for each in victims for p in (each, *each.children(recursive=True))}
+        self.started |= ending
+        ending = {process for process in ending if not _title(process).startswith(_RAY_AGENTS)}
+        for process in victims:
+            process.send_signal(signal.SIGKILL)
+        if driver in victims:
+            self._driver.wait()
+        return list(ending)
+
+    def processes(self, kind: str) -> list[psutil.Process]:
+        """Find the job's processes of a kind by their titles."""
+        return [p for p in self._processes() if _title(p).startswith(_TITLES[kind])]
+
+    def end(self) -> None:
+        """Kill whatever is left of the job."""
+        for process in self.started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def labels(self) -> pa.Table:
+        """Return the labels, in the order of the corpus."""
+        shards = read_shards(self._lineage.labels.path / "unlabeled")
+        columns = ["row_id", "label", "confidence"]
+        return pa.concat_tables(pq.read_table(shard, columns=columns) for shard in shards)
+
+    def asked(self) -> list[str]:
+        """Return the ids that were to be labelled, from the corpus."""
+        shards = read_shards(self._lineage.corpus.path / "unlabeled")
+        return [id_ for shard in shards for id_ in _column(shard, "row_id")][: self.rows]
+
+    def _processes(self) -> list[psutil.Process]:
+        assert self._driver is not None
+        try:
+            driver = psutil.Process(self._driver.pid)
+            return [driver, *driver.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def _command(self, verb: str) -> list[str]:
+        return [sys.executable, str(JOBS / f"{verb}.py"), *self._arguments]
+
+    def _said(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")[-4000:]
+
+
+def measure(kills: Sequence[Kill], rows: int) -> dict[str, Any]:
+    """Label twice, once in peace, and compare."""
+    with tempfile.TemporaryDirectory() as folder:
+        unbroken, killed = (Labelling(folder, name, rows) for name in ("unbroken", "killed"))
+        try:
+            unbroken.prepare()
+            unbroken.start()
+            unbroken.wait()
+            print(f"unbroken: {rows} rows labelled", flush=True)
+            killed.prepare()
+            costs = _label_with_kills(killed, kills)
+            orphans, _ = _outliving(unbroken.started | killed.started)
+            figures_of_labels = _compare(unbroken.labels(), killed.labels(), killed.asked())
+        finally:
+            for labelling in (unbroken, killed):
+                labelling.end()
+    header = ["killed", "rows answered", "held at most", "answered again", "ended s"]
+    print(
+        figures.table(
+            header, [[kill.victim, *astuple(cost)] for kill, cost in zip(kills, costs, strict=True)]
+        )
+    )
+    return {
+        "kills": len(kills),
+        **figures_of_labels,
+        "relabelled_most": max(cost.held + cost.again for cost in costs),
+        "answered_again": killed.answered_again,
+        "orphans": orphans,
+        "ended_s_most": round(max(cost.ended_s for cost in costs), 1),
+        "rows": rows,
+    }
+
+
+@dataclass
+class Cost:
+    """What a kill cost."""
+
+    answered: int
+    """Rows in the ledger when all that was killed had ended."""
+    held: int
+    """Rows that the teacher may have been asked about without an answer in the ledger."""
+    again: int
+    """Rows that were given to the ledger again, after this kill and before the next."""
+    ended_s: float
+    """Seconds until all had ended that belonged to what was killed, Ray's agents aside."""
+
+
+def _label_with_kills(labelling: Labelling, kills: Sequence[Kill]) -> list[Cost]:
+    costs: list[Cost] = []
+    again = 0
+    labelling.start()
+    for kill in kills:
+        goal = len(labelling.answered) + kill.after_rows if kill.after_rows else 0
+        labelling.wait(until_answered=goal)
+        if costs:
+            costs[-1].again = labelling.answered_again - again
+        _, seconds = _outliving(labelling.kill(kill.victim))
+        labelling.look()
+        again = labelling.answered_again
+        answered = len(labelling.answered)
+        held = min(labelling.held_rows, labelling.rows + len(CONTENT_FREE) - answered)
+        costs.append(Cost(answered, held, 0, seconds))
+        print(f"killed: {kill.victim}, {answered} rows answered", flush=True)
+        if kill.ends_job:
+            labelling.start()
+    labelling.wait()
+    costs[-1].again = labelling.answered_again - again
+    return costs
+
+
+def _compare(unbroken: pa.Table, killed: pa.Table, asked: list[str]) -> dict[str, Any]:
+    """Hold the labels of the killed run against the corpus and the unbroken run."""
+    ids = killed.column("row_id").to_pylist()
+    where = pc.index_in(unbroken.column("row_id"), value_set=killed.column("row_id"))
+    same = killed.take(where.drop_null())
+    other = unbroken.filter(pc.is_valid(where))
+    changed = pc.not_equal(same.column("label"), other.column("label"))
+    difference = pc.abs(pc.subtract(same.column("confidence"), other.column("confidence")))
+    return {
+        "duplicates": len(ids) - len(set(ids)),
+        "lost": len(set(asked).difference(ids)),
+        "labels_changed": pc.sum(changed).as_py(),
+        "confidence_change_most": pc.max(difference).as_py(),
+    }
+
+
+def _outliving(processes: Iterable[psutil.Process]) -> tuple[int, float]:
+    """Wait for processes to end; return how many did not, and the seconds until the last did."""
+    started = time.monotonic()
+    while left := [process for process in processes if _lives(process)]:
+        if time.monotonic() - started > _GRACE_S:
+            break
+        time.sleep(_POLL_S)
+    return len(left), time.monotonic() - started
+
+
+def _title(process: psutil.Process) -> str:
+    """Return what a process calls itself, or its program's name; empty when it has ended."""
+    try:
+        title = "".join(process.cmdline()[:1])
+    except psutil.NoSuchProcess:
+        return ""
+    return title if "::" in title else Path(title).name
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _column(path: Path, name: str) -> list[str]:
+    values: list[str] = pq.read_table(path, columns=[name]).column(name).to_pylist()
+    return values
+
+
+def main() -> int:
+    parser = figures.parser_of(__doc__, "three kills on fewer rows, within four minutes")
+    kills, rows = (QUICK, 240) if parser.parse_args().quick else (FULL, 640)
+    return figures.run(lambda: measure(kills, rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

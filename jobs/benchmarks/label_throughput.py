@@ -1,0 +1,282 @@
+"""Is labelling as fast as vLLM itself, and how far is it from what the processor can do?
+
+Four rates over the same questions on this machine, none while another runs:
+
+- the labelling stage, from its first answered batch to its last;
+- `vllm.LLM.generate` with the same engine arguments on the same prompts, already tokenized, all
+  handed over at once. It runs before and after each run of the stage, so that a drift of the
+  machine meets both;
+- the same engine with the block size that vLLM takes on this machine by itself and with the row's
+  text first in the prompt, as most people write one;
+- a matrix product, which bounds what any engine could do: FLOPs of the uncached tokens over the
+  rate of `torch.matmul`.
+
+The prompt shows three examples of each of the six labels.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import figures
+
+from llkd_ray.config import Experiment, VLLMTeacher, load_experiment
+
+QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.toml"
+
+
+def experiment_in(folder: str, rows: int) -> Experiment:
+    """Return the quickstart with three examples of each label and a number of rows to label."""
+    return load_experiment(
+        QUICKSTART,
+        [
+            f"runs={folder}",
+            'teacher.splits=["unlabeled"]',
+            f"teacher.max_unlabeled_rows={rows}",
+            "teacher.shots.kind=balanced",
+            "teacher.shots.per_label=3",
+            "corpus.test_fraction=0.0",
+            "corpus.validation_fraction=0.0",
+        ],
+    )
+
+
+def measure(rows: int, default_rows: int, rounds: int) -> dict[str, Any]:
+    """Measure all four and return the ratios."""
+    from llkd_ray.cluster import ray_session
+    from llkd_ray.corpus import prepare, read_shards
+    from llkd_ray.teacher.actor import Opening
+
+    with tempfile.TemporaryDirectory() as folder:
+        experiment = experiment_in(folder, rows)
+        corpus = Path(folder) / "corpus"
+        corpus.mkdir()
+        prepare(experiment.corpus, experiment.task, corpus)
+        opening = Opening.of(experiment)
+        prompt = opening.prompt()
+        assert prompt is not None
+        texts = _texts(read_shards(corpus / "unlabeled"), rows)
+        prompts = [encoded.ids for encoded in prompt.encode(texts)]
+        tokens = list(prompt.readout.branches[0].tokens)
+        print(f"{len(texts)} rows, {len(prompts[0])} tokens in the first prompt", flush=True)
+        stage_rates, bare_rates, stage_tokens = [], [], 0.0
+        bare = Bare(experiment, {"prompts": prompts, "tokens": tokens})
+        try:
+            for number in range(rounds):
+                bare_rates.append(bare.rate())
+                with ray_session(experiment.ray):
+                    answered = _stage(Path(folder), number, corpus, opening)
+                stage_rates.append(answered.rows_per_s)
+                stage_tokens = answered.tokens_per_s / answered.rows_per_s
+                hit_rate = answered.cached_tokens / answered.prompt_tokens
+                bare_rates.append(bare.rate())
+                print(
+                    f"round {number + 1}: stage {stage_rates[-1]:.1f} rows/s, bare vLLM before and "
+                    f"after {bare_rates[-2]:.1f} and {bare_rates[-1]:.1f}",
+                    flush=True,
+                )
+        finally:
+            bare.close()
+        default = default_layout_rate(experiment, texts[:default_rows], tokens)
+        flops_per_s = matmul_flops_per_s(experiment)
+    stage, plain = _mean(stage_rates), _mean(bare_rates)
+    flops_per_row = model_flops_per_row(opening, stage_tokens, _mean(list(map(len, prompts))))
+    print(
+        figures.table(
+            ["", "rows/s", "stage over it"],
+            [
+                ["labelling stage", stage, 1.0],
+                ["vllm.LLM.generate, same engine and prompts", plain, stage / plain],
+                ["default block size, text first", default, stage / default],
+                ["matrix product of the same FLOPs", flops_per_s / flops_per_row, None],
+            ],
+        )
+    )
+    return {
+        "stage_over_vllm": round(stage / plain, 3),
+        "over_default_layout": round(stage / default, 2),
+        "cache_hit_rate": round(hit_rate, 3),
+        "over_flops_limit": round(stage * flops_per_row / flops_per_s, 3),
+        "stage_rows_per_s": round(stage, 2),
+        "bare_rows_per_s": round(plain, 2),
+        "default_layout_rows_per_s": round(default, 2),
+        "uncached_tokens_per_row": round(stage_tokens, 1),
+        "matmul_gflops_per_s": round(flops_per_s / 1e9, 1),
+        "rounds": rounds,
+        "rows": rows,
+    }
+
+
+def _stage(folder: Path, number: int, corpus: Path, opening: Any) -> Any:
+    from llkd_ray.teacher.ledger import Ledger
+    from llkd_ray.teacher.readouts import read_out
+
+    ledger = Ledger(folder / f"ledger-{number}", len(opening.task.labels))
+    ledger.open({})
+    readouts = folder / f"readouts-{number}"
+    readouts.mkdir()
+    return read_out(corpus, readouts, opening, ledger)
+
+
+def _texts(shards: list[Path], rows: int) -> list[str]:
+    import pyarrow.parquet as pq
+
+    texts: list[str] = []
+    for shard in shards:
+        texts += pq.read_table(shard, columns=["text"]).column("text").to_pylist()
+    return texts[:rows]
+
+
+class Bare:
+    """vLLM by itself in a process of its own, which answers with its rate when asked."""
+
+    def __init__(self, experiment: Experiment, work: dict[str, Any], **engine: Any) -> None:
+        from llkd_ray.teacher.engine import engine_arguments, engine_environment
+        from llkd_ray.teacher.pretrained import teacher_folder
+
+        teacher = experiment.teacher
+        assert isinstance(teacher, VLLMTeacher)
+        arguments = {**engine_arguments(teacher.engine), **engine}
+        work = {
+            **work,
+            "model": str(teacher_folder(teacher.model, experiment.cache)),
+            "engine": {key: value for key, value in arguments.items() if value is not None},
+        }
+        environment = engine_environment(teacher.engine, teacher.actors.threads)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--bare"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self._tell(json.dumps(work))
+        self._hear()
+
+    def rate(self) -> float:
+        """Return rows per second over all prompts, with nothing in the cache but what they share."""
+        self._tell("go")
+        return float(self._hear())
+
+    def close(self) -> None:
+        """End the process and its engine."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+    def _hear(self) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("bare:"):
+                return line.removeprefix("bare:").strip()
+        raise RuntimeError("vLLM ended before it answered")
+
+
+def serve_bare() -> None:
+    """Be the process behind `Bare`."""
+    from vllm import LLM, SamplingParams
+
+    from llkd_ray.teacher.engine import sampling_arguments
+
+    work = json.loads(sys.stdin.readline())
+    llm = LLM(model=work["model"], **work["engine"])
+    sampling = SamplingParams(**sampling_arguments(work["tokens"]))
+    prompts = [{"prompt_token_ids": ids} for ids in work["prompts"]]
+    llm.generate(prompts[:64], sampling, use_tqdm=False)
+    print("bare: ready", flush=True)
+    for _ in sys.stdin:
+        llm.reset_prefix_cache()
+        llm.generate(prompts[:1], sampling, use_tqdm=False)
+        started = time.perf_counter()
+        llm.generate(prompts, sampling, use_tqdm=False)
+        print(f"bare: {len(prompts) / (time.perf_counter() - started)}", flush=True)
+
+
+def default_layout_rate(experiment: Experiment, texts: list[str], tokens: list[int]) -> float:
+    """Return rows per second with the text first and vLLM's own block size."""
+    from transformers import AutoTokenizer
+
+    from llkd_ray.teacher.pretrained import teacher_folder
+    from llkd_ray.teacher.wording import Wording, label_words
+
+    task = experiment.task
+    folder = teacher_folder(experiment.teacher.model, experiment.cache)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    wording = Wording(task, label_words(task))
+    prefix = wording.prefix(task.examples)
+    prompts = [
+        tokenizer(f"{task.text_prefix} {text}\n\n{prefix}{task.label_prefix}")["input_ids"]
+        for text in texts
+    ]
+    bare = Bare(experiment, {"prompts": prompts, "tokens": tokens}, block_size=None)
+    try:
+        return bare.rate()
+    finally:
+        bare.close()
+
+
+def matmul_flops_per_s(experiment: Experiment) -> float:
+    """Return the best rate of float32 matrix products of a transformer's shapes."""
+    import torch
+
+    assert isinstance(experiment.teacher, VLLMTeacher)
+    torch.set_num_threads(experiment.teacher.actors.threads)
+    best = 0.0
+    for rows, inner, columns in ((1024, 576, 1536), (1024, 1536, 576), (2048, 2048, 2048)):
+        left, right = torch.randn(rows, inner), torch.randn(inner, columns)
+        left @ right
+        started, runs = time.perf_counter(), 0
+        while time.perf_counter() - started < 2:
+            left @ right
+            runs += 1
+        seconds = time.perf_counter() - started
+        best = max(best, 2 * rows * inner * columns * runs / seconds)
+    return best
+
+
+def model_flops_per_row(opening: Any, uncached_tokens: float, prompt_tokens: float) -> float:
+    """Count the multiplications and additions that a row needs.
+
+    Two for every weight of the layers and every uncached token; scores and values of attention,
+    each over the whole prompt; the output layer for the last token alone.
+    """
+    from transformers import AutoConfig
+
+    from llkd_ray.teacher.pretrained import teacher_folder
+
+    folder = teacher_folder(opening.teacher.model, opening.cache)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    hidden, head = config.hidden_size, config.hidden_size // config.num_attention_heads
+    attention = hidden * (2 * hidden + 2 * head * config.num_key_value_heads)
+    weights = config.num_hidden_layers * (attention + 3 * hidden * config.intermediate_size)
+    scores = 2 * config.num_hidden_layers * hidden * prompt_tokens
+    return uncached_tokens * 2 * (weights + scores) + 2 * hidden * config.vocab_size
+
+
+def _mean(values: list[Any]) -> float:
+    return sum(values) / len(values)
+
+
+def main() -> int:
+    parser = figures.parser_of(__doc__, "one round on fewer rows, within four minutes")
+    parser.add_argument("--bare", action="store_true", help="internal: vLLM by itself")
+    arguments = parser.parse_args()
+    if arguments.bare:
+        serve_bare()
+        return 0
+    rows, default_rows, rounds = (960, 192, 1) if arguments.quick else (1920, 640, 3)
+    return figures.run(lambda: measure(rows, default_rows, rounds))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The endpoint, what is measured against it, and the cluster that runs it all."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from llkd_ray.config.section import Section
+
+
+class ServeSection(Section):
+    """The endpoint."""
+
+    target: Literal["student", "teacher"] = "student"
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """0 takes a free port."""
+    num_replicas: PositiveInt = 1
+    cpus_per_replica: PositiveFloat = 1.0
+    gpus_per_replica: NonNegativeFloat = 0.0
+    threads_per_replica: PositiveInt = 2
+    """Threads of one replica on a CPU."""
+    max_batch_texts: PositiveInt = 16
+    """Texts that one forward pass of the student takes at most. Small passes waste less on padding
+    and are the fastest on a CPU; a GPU wants 64 or more."""
+    batch_wait_ms: NonNegativeFloat = 0.0
+    """How long an idle student lets a request wait for others to share its pass. Requests that
+    come while it computes share the next pass anyway."""
+    max_texts_per_request: PositiveInt = 256
+    max_text_chars: PositiveInt = 20_000
+    max_body_bytes: PositiveInt = 4_000_000
+    max_ongoing_requests: PositiveInt = 128
+    """Requests that one replica holds at once; the next ones wait in the proxy."""
+    max_queued_requests: PositiveInt = 512
+    """Requests that wait in a proxy at most; past them the answer is 503."""
+    start_timeout_s: PositiveFloat = 600.0
+    """The job gives up when the endpoint does not answer by then."""
+    token_env: str | None = None
+    """Name of the environment variable with the bearer token; no token is asked for without it."""
+
+
+class BenchSection(Section):
+    """What is measured against the endpoints, from outside."""
+
+    student_url: str | None = None
+    """A student that already serves; without it the job deploys one and takes it down."""
+    teacher_url: str | None = None
+    """A teacher that already serves; likewise."""
+    warmup_requests: PositiveInt = 4
+    single_requests: PositiveInt = 50
+    """Requests of one text each, one after the other."""
+    batch_requests: PositiveInt = 3
+    """Requests of 64 texts each, one after the other."""
+    concurrency: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 4)
+    """Clients at once, each sending one request of `sweep_texts` texts after the other."""
+    sweep_requests: PositiveInt = 6
+    """Requests at each concurrency."""
+    sweep_texts: PositiveInt = 16
+    request_timeout_s: PositiveFloat = 120.0
+    """The job stops when one request takes longer."""
+    student_usd_per_hour: PositiveFloat = 0.10
+    """Price of the machine that serves the student."""
+    teacher_usd_per_hour: PositiveFloat = 0.10
+    """Price of the machine that serves the teacher."""
+
+
+class RaySection(Section):
+    """The Ray cluster that runs the stages."""
+
+    address: str = "local"
+    """`local` starts a private Ray and stops it at the end; `auto` or HOST:PORT joins one.
+    RAY_ADDRESS, which `ray job submit` sets, wins over this key."""
+    num_cpus: PositiveInt | None = None
+    """CPUs of a private Ray; the machine's when not given."""
+    object_store_mb: PositiveInt = 512
+    """Object store of a private Ray."""

@@ -1,0 +1,175 @@
+"""The experiment: one frozen, typed tree, read from TOML.
+
+There is no second list of flags: an override on the command line is `section.key=value` against
+the same tree, and every key is documented by the string below its field.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, NonNegativeInt, ValidationError
+
+from llkd_ray.config.endpoint import BenchSection, RaySection, ServeSection
+from llkd_ray.config.section import Name, Section, Text
+from llkd_ray.config.student import (
+    RULES,
+    EvaluateSection,
+    LLKDRule,
+    SelectionSection,
+    StudentSection,
+    TrainSection,
+)
+from llkd_ray.config.task import CorpusSection, TaskSection
+from llkd_ray.config.teacher import (
+    CalibrationSection,
+    HTTPTeacher,
+    ScriptedTeacher,
+    TeacherSection,
+    VLLMTeacher,
+)
+from llkd_ray.errors import ConfigError
+
+# Sections of which there are several kinds: the key that chooses, what it chooses from, and what
+# is chosen where the file says nothing.
+_KINDS: dict[str, tuple[str, dict[str, type[BaseModel]], str]] = {
+    "selection": ("rule", dict(RULES), "llkd"),
+    "teacher": (
+        "kind",
+        {"vllm": VLLMTeacher, "http": HTTPTeacher, "scripted": ScriptedTeacher},
+        "vllm",
+    ),
+}
+
+
+class Experiment(Section):
+    """Everything that decides a run."""
+
+    name: Name
+    """The run: its artifacts stand in `runs/NAME`."""
+    runs: Text = "runs"
+    """Folder or URI of all runs."""
+    cache: Text = "~/.cache/llkd_ray"
+    """Folder for converted models."""
+    seed: NonNegativeInt = 0
+    task: TaskSection
+    corpus: CorpusSection
+    teacher: TeacherSection = VLLMTeacher()
+    calibration: CalibrationSection = CalibrationSection()
+    selection: SelectionSection = LLKDRule()
+    student: StudentSection = StudentSection()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    serve: ServeSection = ServeSection()
+    bench: BenchSection = BenchSection()
+    ray: RaySection = RaySection()
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file and apply overrides.
+
+    Args:
+        path: The TOML file.
+        overrides: `section.key=value`, the value in TOML syntax; a value that is not TOML is
+            taken as a string, so that `name=trial` needs no quotes.
+
+    Raises:
+        ConfigError: The file is missing or not TOML, a key is unknown, a value does not fit. The
+            sentence names the dotted path and, for a key, the nearest one there is.
+    """
+    file = Path(path)
+    try:
+        tree = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{file}: no such experiment file; try jobs/configs/quickstart.toml"
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{file}: this is a folder, not an experiment file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(tree, override)
+    for section, (chooser, _, default) in _KINDS.items():
+        if isinstance(tree.get(section), dict):
+            tree[section].setdefault(chooser, default)
+    try:
+        return Experiment.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{file}: {_explain(error)}") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write section.key=value, e.g. train.epochs=2")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, leaf = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent} is not a section")
+    if len(parents) == 1 and parents[0] in _KINDS:
+        chooser, _, default = _KINDS[parents[0]]
+        if leaf == chooser and node.get(chooser, default) != value:
+            # The keys of one kind mean nothing to another: naming a kind starts its table afresh.
+            node.clear()
+    node[leaf] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """Turn the first problem pydantic found into a sentence with a dotted path."""
+    problem = error.errors()[0]
+    # A discriminated union puts the chosen tag into the path; it is no key of the file.
+    path = [part for part in problem["loc"] if not _is_tag(part, problem["loc"])]
+    dotted = ".".join(map(str, path))
+    rest = len(error.errors()) - 1
+    more = f" (and {rest} more)" if rest else ""
+    match problem["type"]:
+        case "extra_forbidden":
+            known = _keys_at(problem["loc"][:-1])
+            near = difflib.get_close_matches(str(path[-1]), known, n=1)
+            hint = (
+                f"did you mean {'.'.join([*map(str, path[:-1]), near[0]])}?"
+                if near
+                else f"known keys here: {', '.join(known)}"
+            )
+            return f"{dotted}: unknown key; {hint}{more}"
+        case "missing":
+            return f"{dotted}: this key must be set{more}"
+        case "value_error":
+            return f"{dotted}: {problem['msg'].removeprefix('Value error, ')}{more}"
+        case _:
+            message = problem["msg"][0].lower() + problem["msg"][1:]
+            return f"{dotted} = {problem['input']!r}: {message}{more}"
+
+
+def _is_tag(part: str | int, path: tuple[str | int, ...]) -> bool:
+    return len(path) > 1 and path[0] in _KINDS and path.index(part) == 1
+
+
+def _keys_at(path: tuple[str | int, ...]) -> list[str]:
+    """List the keys known at a path of the experiment, in which a chosen kind follows a section."""
+    current: type[BaseModel] = Experiment
+    for position, part in enumerate(path):
+        if position == 1 and path[0] in _KINDS:
+            current = _KINDS[str(path[0])][1][str(part)]
+        elif isinstance(part, str):
+            current = _section_of(current.model_fields[part].annotation) or current
+    return sorted(current.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in get_args(annotation):
+        found = _section_of(inner)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,197 @@
+"""What stands in a Ray Data actor: a teacher, and the ledger that it writes its answers into."""
+
+import asyncio
+import logging
+import time
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from ray.util.metrics import Counter
+
+from llkd_ray.cluster import end_children_with_actor
+from llkd_ray.config import (
+    Example,
+    Experiment,
+    HTTPTeacher,
+    ScriptedTeacher,
+    TaskSection,
+    VLLMTeacher,
+)
+from llkd_ray.corpus import example_pool
+from llkd_ray.errors import TeacherError
+from llkd_ray.teacher.answers import Answer, Teacher, TeacherDiedError
+from llkd_ray.teacher.ledger import Ledger
+
+if TYPE_CHECKING:
+    from llkd_ray.teacher.prompt import Prompt
+
+# A batch over which this many teachers died is not the fault of the machine.
+_MAX_TEACHERS = 3
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """All that it takes to start a teacher, on whichever node."""
+
+    task: TaskSection
+    teacher: VLLMTeacher | HTTPTeacher | ScriptedTeacher
+    pool: tuple[Example, ...]
+    cache: str
+    """Folder for converted models, on that node."""
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> "Opening":
+        """Take what concerns the teacher from an experiment; reads the gold pool if it is shown."""
+        pool = pool_of(experiment)
+        return cls(experiment.task, experiment.teacher, pool, experiment.cache)
+
+    def prompt(self) -> "Prompt | None":
+        """Return the prompt of a teacher that runs here, built without its weights.
+
+        Raises:
+            TeacherError: The labels or the prompt do not suit its tokenizer.
+        """
+        if not isinstance(self.teacher, VLLMTeacher):
+            return None
+        from transformers import AutoTokenizer
+
+        from llkd_ray.teacher.pretrained import teacher_folder
+        from llkd_ray.teacher.prompt import Prompt
+
+        folder = teacher_folder(self.teacher.model, self.cache)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return Prompt.of(tokenizer, self.task, self.teacher, self.pool)
+
+    def start(self) -> Teacher:
+        """Start the teacher."""
+        match self.teacher:
+            case VLLMTeacher() as teacher:
+                from llkd_ray.teacher.engine import Engine
+                from llkd_ray.teacher.pretrained import teacher_folder
+
+                end_children_with_actor()
+                model = teacher_folder(teacher.model, self.cache)
+                return Engine(self.task, teacher, self.pool, model, export_metrics=True)
+            case HTTPTeacher() as teacher:
+                from llkd_ray.teacher.http import Endpoint
+
+                return Endpoint(self.task, teacher, self.pool)
+            case ScriptedTeacher() as teacher:
+                from llkd_ray.teacher.scripted import Script
+
+                return Script(self.task, teacher)
+
+
+def pool_of(experiment: Experiment) -> tuple[Example, ...]:
+    """Return the gold examples that the prompt may choose from, besides task.examples."""
+    if experiment.teacher.shots.kind == "fixed":
+        return ()
+    return example_pool(experiment.corpus, experiment.task)
+
+
+class TeacherActor:
+    """Ask about batches of rows and write the answers down before anything else is told.
+
+    Several batches are under way at once: while the engine computes one, others are tokenized or
+    written.
+    """
+
+    def __init__(self, opening: Opening, ledger: Ledger) -> None:
+        self._started = time.perf_counter()
+        self._name = uuid.uuid4().hex
+        self._opening = opening
+        self._teacher = opening.start()
+        self._replacing = asyncio.Lock()
+        self._ledger = ledger
+        self._counters = {
+            name: Counter(f"llkd_label_{name}", description=description)
+            for name, description in (
+                ("rows", "Rows that the teacher was asked about"),
+                ("rejected", "Rows without an answer"),
+                ("prompt_tokens", "Prompt tokens, cached ones included"),
+                ("cached_tokens", "Prompt tokens from the prefix cache"),
+            )
+        }
+
+    async def __call__(self, batch: pa.Table) -> pa.Table:
+        """Answer a batch; the table returned only counts them (`count`)."""
+        answers = await self._read(batch.column("text").to_pylist())
+        entries = self._entries(batch, answers)
+        await asyncio.to_thread(self._write, entries, batch.column("parts"))
+        counts = count(entries, self._ledger.num_classes)
+        counts = counts.append_column("actor", pa.array([self._name])).append_column(
+            "alive_s", pa.array([time.perf_counter() - self._started])
+        )
+        for name, counter in self._counters.items():
+            if value := counts.column(name)[0].as_py():
+                counter.inc(value)
+        return counts
+
+    async def _read(self, texts: list[str]) -> list[Answer]:
+        """Ask the teacher, and when it dies of something, a new one."""
+        for _ in range(_MAX_TEACHERS):
+            teacher = self._teacher
+            try:
+                return await teacher.read(texts)
+            except TeacherDiedError as error:
+                _log.warning("%s; starting another", error)
+                await self._replace(teacher)
+        raise TeacherError(
+            f"the teacher died {_MAX_TEACHERS} times over the same {len(texts)} rows, its last "
+            "words are in Ray's logs. What is answered is kept: run the same command again to go on"
+        )
+
+    async def _replace(self, dead: Teacher) -> None:
+        """Start another teacher; of several batches that saw one die, the first does it."""
+        async with self._replacing:
+            if self._teacher is dead:
+                await dead.close()
+                self._teacher = await asyncio.to_thread(self._opening.start)
+
+    def _entries(self, batch: pa.Table, answers: list[Answer]) -> pa.Table:
+        columns = {
+            "row_id": batch.column("row_id"),
+            "attempt": batch.column("attempt"),
+            "logprobs": [answer.logprobs for answer in answers],
+            "prompt_tokens": [answer.prompt_tokens for answer in answers],
+            "cached_tokens": [answer.cached_tokens for answer in answers],
+            "cut_tokens": [answer.cut_tokens for answer in answers],
+            "error": [answer.error for answer in answers],
+        }
+        schema = self._ledger.columns
+        arrays: list[Any] = [
+            column if isinstance(column, pa.ChunkedArray) else pa.array(column, field.type)
+            for field in schema
+            for column in [columns[field.name]]
+        ]
+        return pa.Table.from_arrays(arrays, schema=schema)
+
+    def _write(self, entries: pa.Table, parts: pa.ChunkedArray) -> None:
+        for name in pc.unique(parts).to_pylist():
+            self._ledger.write(name, entries.filter(pc.equal(parts, name)))
+
+
+def count(entries: pa.Table, num_classes: int) -> pa.Table:
+    """Count what a batch of entries holds, as one row.
+
+    `labels` counts rows by the label with the highest log-probability, before any calibration.
+    """
+    answered = entries.column("logprobs").drop_null().combine_chunks()
+    logprobs = answered.flatten().to_numpy().reshape(-1, num_classes)
+    labels = np.bincount(logprobs.argmax(axis=1), minlength=num_classes)
+    return pa.table(
+        {
+            "rows": [len(entries)],
+            "rejected": [len(entries) - len(answered)],
+            "prompt_tokens": [pc.sum(entries.column("prompt_tokens")).as_py()],
+            "cached_tokens": [pc.sum(entries.column("cached_tokens")).as_py()],
+            "cut_rows": [pc.sum(pc.greater(entries.column("cut_tokens"), 0)).as_py()],
+            "labels": [labels.tolist()],
+        }
+    )

@@ -1,0 +1,159 @@
+"""Every answer a teacher ever gave, so that no row is asked about twice.
+
+A ledger belongs to one way of asking: prompt, teacher and its revision, labels, decoding. It knows
+nothing of corpora, so one that has grown finds the answers about its old rows. It is a folder of
+sorted Parquet files, each named by its first and last row_id; a reader opens those that overlap
+the rows it has in hand. While rows are being answered, each batch is at once written as a part
+into a folder named the same way; `compact` makes such a folder one file.
+
+Nothing is ever changed in place: a part is written beside and renamed, and what a crash leaves
+twice is the same answer twice.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from llkd_ray import schema
+from llkd_ray.artifacts import write_text
+from llkd_ray.errors import ArtifactError
+
+# Leading digits of a row_id in a file name: enough to tell ranges apart.
+_DIGITS = 16
+_IDENTITY = "identity.json"
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The answers of one way of asking."""
+
+    folder: Path
+    num_classes: int
+
+    @property
+    def columns(self) -> pa.Schema:
+        """Columns of an entry: schema.readouts, and which attempt it was, from 1."""
+        return schema.readouts(self.num_classes).append(
+            pa.field("attempt", pa.int32(), nullable=False)
+        )
+
+    def open(self, identity: Mapping[str, Any]) -> None:
+        """Make the folder if need be, and write down what its answers depend on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / _IDENTITY).is_file():
+            write_text(self.folder / _IDENTITY, json.dumps(identity, indent=2) + "\n")
+
+    @contextlib.contextmanager
+    def only_writer(self) -> Iterator[None]:
+        """Hold the ledger's lock; the kernel lets go of it however the process ends.
+
+        Raises:
+            ArtifactError: Another job is writing into it.
+        """
+        with open(self.folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ArtifactError(
+                    f"{self.folder}: another job is labelling with the same teacher and prompt; "
+                    "wait for it, or stop it"
+                ) from None
+            yield
+
+    def write(self, parts: str, entries: pa.Table) -> None:
+        """Write a batch of entries as a part.
+
+        A part is named by its rows, so that a batch which Ray runs again replaces itself.
+
+        Args:
+            parts: Name of the folder of parts, from `parts_of`.
+            entries: Rows with the ledger's columns.
+        """
+        folder = self.folder / parts
+        folder.mkdir(exist_ok=True)
+        self._write(folder, entries.select(self.columns.names).cast(self.columns))
+
+    def find(self, row_ids: pa.Array) -> pa.Table:
+        """Return one entry for each of the rows that has any, in the order of `row_ids`.
+
+        An answer comes before a failure, and among failures the last attempt. Memory is bounded by
+        the rows asked for and one file of the ledger, whatever the ledger holds.
+
+        Args:
+            row_ids: Sorted, distinct ids [N].
+        """
+        if len(row_ids) == 0 or not self.folder.is_dir():
+            return self.columns.empty_table()
+        found = []
+        for path in self._overlapping(row_ids[0].as_py(), row_ids[-1].as_py()):
+            ids = pq.read_table(path, columns=["row_id"]).column("row_id")
+            wanted = pc.is_in(ids, value_set=row_ids)
+            if pc.any(wanted).as_py():
+                found.append(pq.read_table(path, schema=self.columns).filter(wanted))
+        entries = pa.concat_tables(found) if found else self.columns.empty_table()
+        failed = pc.is_valid(entries.column("error")).cast(pa.int8())
+        entries = entries.append_column("failed", failed).sort_by(
+            [("failed", "ascending"), ("attempt", "descending")]
+        )
+        # index_in returns the first match: the best entry of each row, by the order above.
+        where = pc.index_in(row_ids, value_set=entries.column("row_id"))
+        return entries.take(where.drop_null()).drop_columns("failed")
+
+    def open_folders(self) -> list[str]:
+        """Name the folders that still hold parts."""
+        return sorted(path.name for path in self.folder.iterdir() if path.is_dir())
+
+    def compact(self, parts: str) -> None:
+        """Make a folder of parts one sorted file."""
+        folder = self.folder / parts
+        tables = [pq.read_table(part, schema=self.columns) for part in _files(folder)]
+        if tables:
+            self._write(self.folder, pa.concat_tables(tables))
+        shutil.rmtree(folder)
+
+    def _write(self, folder: Path, entries: pa.Table) -> None:
+        entries = entries.sort_by([("row_id", "ascending"), ("attempt", "ascending")])
+        ids = entries.column("row_id").to_pylist()
+        digest = hashlib.sha256(
+            ("".join(ids) + str(entries.column("attempt").to_pylist())).encode()
+        ).hexdigest()[:8]
+        path = folder / f"{range_name(ids[0], ids[-1])}-{digest}.parquet"
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        pq.write_table(entries, beside)
+        os.replace(beside, path)
+
+    def _overlapping(self, first: str, last: str) -> Iterator[Path]:
+        """Yield the files with ids between two ids."""
+        for path in sorted(self.folder.iterdir()):
+            if path.is_dir():
+                if _overlaps(path.name, first, last):
+                    yield from (part for part in _files(path) if _overlaps(part.name, first, last))
+            elif path.suffix == ".parquet" and _overlaps(path.name, first, last):
+                yield path
+
+
+def range_name(first: str, last: str) -> str:
+    """Name a range of row ids: of a file, or of the folder with a corpus shard's parts."""
+    return f"{first[:_DIGITS]}-{last[:_DIGITS]}"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+
+
+def _overlaps(name: str, first: str, last: str) -> bool:
+    if name.startswith("."):
+        return False
+    begins, ends, *_ = name.removesuffix(".parquet").split("-")
+    return begins <= last[:_DIGITS] and ends >= first[:_DIGITS]
