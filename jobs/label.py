@@ -30,7 +30,7 @@ def read_out(experiment: Experiment) -> None:
     from dataclasses import asdict
 
     from llkd_ray.artifacts import Rows, make
-    from llkd_ray.cluster import ray_session
+    from llkd_ray.cluster import ray_session, require_room
     from llkd_ray.lineage import Lineage
     from llkd_ray.teacher import readouts
     from llkd_ray.teacher.actor import Opening
@@ -44,6 +44,8 @@ def read_out(experiment: Experiment) -> None:
     ledger = Ledger(lineage.ledger.resolve(), len(experiment.task.labels))
     ledger.open(lineage.asking)
     with make(lineage.readouts) as draft, ray_session(experiment.ray):
+        actors = experiment.teacher.actors
+        require_room(experiment.ray, actors.min, actors.num_cpus, actors.num_gpus)
         answered = readouts.read_out(
             lineage.corpus.path.resolve(), draft.folder.resolve(), opening, ledger
         )

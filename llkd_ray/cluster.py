@@ -132,7 +132,7 @@ def require_room(config: RaySection, actors: int, num_cpus: float, num_gpus: flo
     Raises:
         ClusterError: The Ray is private and too small.
     """
-    has = ray.cluster_resources()
+    has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
     cpus_asked = actors * num_cpus + TASK_CPUS
     if cpus_asked <= cpus and actors * num_gpus <= gpus:

@@ -29,6 +29,23 @@ def test_weights_that_can_run_code_are_refused(tmp_path: Path) -> None:
         teacher_folder(str(tmp_path), CACHE)
 
 
+def test_a_model_of_the_hub_is_taken_from_its_cache_by_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--people--their-model" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "model.safetensors").write_bytes(b"")
+    assert teacher_folder(f"people/their-model@{commit}", str(tmp_path)) == snapshot.resolve()
+    with pytest.raises(TeacherError, match="not in its cache"):
+        teacher_folder(f"people/another@{commit}", str(tmp_path))
+    with pytest.raises(TeacherError, match="with its revision"):
+        teacher_folder("people/their-model", str(tmp_path))
+
+
 @pytest.mark.parametrize("model", list(embedded.TEACHERS))
 def test_an_embedded_teacher_is_the_file_that_was_pinned(model: str, tmp_path: Path) -> None:
     item = embedded.TEACHERS[model]

@@ -2,9 +2,8 @@
 
 An autoscaling Ray cluster on this machine, of one node that can become three: Ray's own autoscaler
 decides, and its provider for tests starts each node as processes beside the others. A node has one
-CPU and so room for one teacher. Labelling all of the quickstart's questions with up to three
-teachers, every one an engine with one thread, has to bring the nodes up; nodes that are idle go
-again.
+CPU and so room for one teacher. Labelling the quickstart's questions with up to three teachers,
+every one an engine with one thread, has to bring the nodes up; nodes that are idle go again.
 
 Nodes, teachers and rows left are written down against time. No rate is measured: three nodes of
 one machine are no faster than one.
@@ -13,6 +12,7 @@ one machine are no faster than one.
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -39,6 +39,8 @@ NODES = 3
 # The autoscaler's provider knows the head node by an id that has to be this one.
 _HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 _STORE_BYTES = 100_000_000
+# Weights, cache and libraries of an engine take 4 GiB with the settings below.
+_ENGINES_GIB = 4 * NODES + 1
 _IDLE_MINUTES = 0.1
 _START_TIMEOUT_S = 120
 _SHRINK_TIMEOUT_S = 300
@@ -53,8 +55,19 @@ class Sample:
     """Since the labelling began."""
     nodes: int
     teachers: int
-    """Actors that are alive: an engine is ready some time after its actor."""
+    """Actors that are ready, which those with an engine are half a minute after their start."""
     rows_left: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Nodes and teachers."""
+        return self.nodes, self.teachers
+
+    def __str__(self) -> str:
+        return (
+            f"{self.second:6.0f} s: {self.nodes} nodes, {self.teachers} teachers, "
+            f"{self.rows_left} rows left"
+        )
 
 
 def overrides(folder: str, *, scripted: bool) -> list[str]:
@@ -64,7 +77,7 @@ def overrides(folder: str, *, scripted: bool) -> list[str]:
         # A first node alone would need minutes for these rows, long enough for others to come.
         ["teacher.kind=scripted", "teacher.rows_per_s=10.0", "teacher.max_unlabeled_rows=2000"]
         if scripted
-        else ["teacher.max_unlabeled_rows=100000", "teacher.engine.cpu_kvcache_gib=1"]
+        else ["teacher.max_unlabeled_rows=3000", "teacher.engine.cpu_kvcache_gib=1"]
     )
     return [
         f"runs={folder}",
@@ -79,14 +92,16 @@ def overrides(folder: str, *, scripted: bool) -> list[str]:
 
 
 @contextlib.contextmanager
-def autoscaling_cluster(folder: Path) -> Iterator[str]:
-    """Hold a cluster of one node that grows to `NODES`; yields the address to join it at.
+def autoscaling_cluster(folder: Path) -> Iterator[tuple[str, str]]:
+    """Hold a cluster of one node that grows to `NODES`.
+
+    Yields the address to join it at and the URL to ask about it.
 
     At the end every process that it has started is ended, by its id: other Rays on this machine
     are left alone.
     """
     gcs, dashboard, agent = free_ports(3)
-    address = f"127.0.0.1:{gcs}"
+    address, url = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
     config = folder / "autoscaler.json"
     config.write_text(json.dumps(autoscaler_config(address)))
     log = folder / "cluster.log"
@@ -109,11 +124,11 @@ def autoscaling_cluster(folder: Path) -> Iterator[str]:
         head = subprocess.Popen(start, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
         deadline = time.monotonic() + _START_TIMEOUT_S
-        while count_alive(address) != (1, 0):
+        while count_alive(url) != (1, 0):
             if head.poll() is not None or time.monotonic() > deadline:
                 raise ClusterError(f"the cluster did not start: {log.read_text()[-2000:]}")
             time.sleep(1)
-        yield address
+        yield address, url
     finally:
         end(head)
 
@@ -164,33 +179,31 @@ def free_ports(count: int) -> list[int]:
 
 def end(head: subprocess.Popen[bytes]) -> None:
     """End a cluster's processes, the nodes that its autoscaler started and their workers too."""
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(head.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    head.terminate()
-    head.wait(timeout=60)
-    _, alive = psutil.wait_procs(family, timeout=5)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, alive = psutil.wait_procs(alive, timeout=10)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    # It would wait half a minute for a cluster that drains; there is none any more.
+    head.kill()
+    head.wait()
 
 
-def count_alive(address: str) -> tuple[int, int] | None:
+def count_alive(url: str) -> tuple[int, int] | None:
     """Count the nodes and the teachers that are alive; None if the cluster does not answer."""
-    from ray.exceptions import RayError
     from ray.util.state import list_actors, list_nodes
     from ray.util.state.exception import RayStateApiException
 
-    alive = [("state", "=", "ALIVE")]
+    alive: list[tuple[str, str, Any]] = [("state", "=", "ALIVE")]
     try:
-        nodes = list_nodes(address, filters=alive)
-        actors = list_actors(address, filters=alive)
-    except (RayStateApiException, RayError, ConnectionError):
+        # What the filter leaves out counts as missing, which would be an error.
+        nodes = list_nodes(url, filters=alive, raise_on_missing_output=False)
+        actors = list_actors(url, filters=alive, raise_on_missing_output=False)
+    except (RayStateApiException, ConnectionError):
         return None
     return len(nodes), sum("TeacherActor" in actor.class_name for actor in actors)
 
@@ -214,16 +227,19 @@ def watch(folder: Path, *, scripted: bool) -> tuple[list[Sample], float]:
     """
     changes = overrides(str(folder / "runs"), scripted=scripted)
     experiment = load_experiment(QUICKSTART, changes)
-    with autoscaling_cluster(folder) as address:
+    with autoscaling_cluster(folder) as (address, url):
         run_job("prepare", changes, os.environ)
         samples: list[Sample] = []
         began = time.monotonic()
 
         def look() -> None:
-            seen = count_alive(address)
-            if seen is not None:
-                second = round(time.monotonic() - began, 1)
-                samples.append(Sample(second, *seen, rows_left(experiment)))
+            seen = count_alive(url)
+            if seen is None:
+                return
+            second = round(time.monotonic() - began, 1)
+            samples.append(Sample(second, *seen, rows_left(experiment)))
+            if len(samples) == 1 or samples[-2].size != samples[-1].size:
+                print(samples[-1], flush=True)
 
         look()
         log = folder / "label.log"
@@ -238,7 +254,6 @@ def watch(folder: Path, *, scripted: bool) -> tuple[list[Sample], float]:
             while label.poll() is None:
                 time.sleep(_SECONDS_BETWEEN_SAMPLES)
                 look()
-                tell(samples)
         finally:
             label.terminate()
             label.wait(timeout=60)
@@ -248,7 +263,6 @@ def watch(folder: Path, *, scripted: bool) -> tuple[list[Sample], float]:
         while samples[-1].nodes > 1 and time.monotonic() < began + ended + _SHRINK_TIMEOUT_S:
             time.sleep(_SECONDS_BETWEEN_SAMPLES)
             look()
-            tell(samples)
     return samples, ended
 
 
@@ -264,19 +278,6 @@ def run_job(verb: str, changes: list[str], environment: Mapping[str, str]) -> No
     )
     if done.returncode != 0:
         raise ClusterError(f"jobs/{verb}.py failed: {done.stderr[-2000:]}")
-
-
-def tell(samples: list[Sample]) -> None:
-    """Print the last sample if its nodes or teachers differ from those before."""
-    last = samples[-1]
-    before = samples[-2]
-    if (before.nodes, before.teachers) == (last.nodes, last.teachers):
-        return
-    print(
-        f"{last.second:6.0f} s: {last.nodes} nodes, {last.teachers} teachers, "
-        f"{last.rows_left} rows left",
-        flush=True,
-    )
 
 
 @styled
@@ -299,7 +300,7 @@ def plot(samples: list[Sample], ended: float) -> Figure:
     above.set_title("Nodes of the cluster and teachers on them")
     above.set_ylim(0, NODES + 0.5)
     above.yaxis.set_major_locator(MaxNLocator(integer=True))
-    above.legend(loc="upper right")
+    above.legend(loc="upper left")
     below.plot(seconds, [sample.rows_left for sample in samples], color=SERIES[2])
     below.set_title("Rows that wait for their label")
     below.set_ylim(bottom=0)
@@ -310,7 +311,17 @@ def plot(samples: list[Sample], ended: float) -> Figure:
 
 
 def measure(out: Path | None, *, scripted: bool) -> dict[str, Any]:
-    """Run the show and say what was seen."""
+    """Run the show and say what was seen.
+
+    Raises:
+        ClusterError: Too little memory is free, the cluster did not start, or a job failed.
+    """
+    free_gib = psutil.virtual_memory().available / 2**30
+    if not scripted and free_gib < _ENGINES_GIB:
+        raise ClusterError(
+            f"{NODES} engines need {_ENGINES_GIB} GiB of free memory, and {free_gib:.1f} are free; "
+            "close what takes it, or look at the cluster alone with --quick"
+        )
     # The path of a socket has to be short, so not below a folder that the user chose.
     with tempfile.TemporaryDirectory(prefix="llkd-", ignore_cleanup_errors=True) as folder:
         samples, ended = watch(Path(folder), scripted=scripted)
@@ -339,6 +350,8 @@ def main() -> int:
     parser = figures.parser_of(__doc__, "a scripted teacher instead of the LLM: the cluster alone")
     parser.add_argument("--out", type=Path, help="folder for autoscaling.png and autoscaling.json")
     arguments = parser.parse_args()
+    # Ended from outside, it ends its cluster too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return figures.run(lambda: measure(arguments.out, scripted=arguments.quick))
 
 

@@ -48,7 +48,7 @@ _TIMEOUT_S = 600.0
 _GRACE_S = 90.0
 # They take a minute to notice that their raylet was killed, and hold nothing that is missed.
 _RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-_POLL_S = 0.2
+_POLL_S = 0.5
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """How good are the embedded teachers' labels, and what does each calibration make of them?
 
-Each DATA is a folder with train.parquet, validation.parquet and test.parquet, columns `text` and
-`label`; its name chooses the experiment, jobs/configs/NAME.toml. Test rows are labelled as a user
-would label a corpus, by jobs/prepare.py and jobs/label.py; the examples in the prompt come from
-train.parquet. A fifth as many further test rows fit the temperature and are not scored. Gold of the
-scored rows is seen by the score alone. Every figure is one that the labels artifact holds.
+Each DATA is a folder with train.parquet and test.parquet, columns `text` and `label`; its name
+chooses the experiment, jobs/configs/NAME.toml. Test rows are labelled as a user would label a
+corpus, by jobs/prepare.py and jobs/label.py; where an experiment takes examples for its prompt from
+gold rows, these are of train.parquet. A fifth as many further test rows fit the temperature and are
+not scored. The gold of the scored rows is seen by the score alone. Every figure is one that the
+labels artifact holds.
 """
 
 import argparse
@@ -24,8 +25,11 @@ from llkd_ray.errors import CorpusError, LLKDError
 from llkd_ray.lineage import Lineage
 
 JOBS = Path(__file__).parents[1]
-CALIBRATIONS = {"raw": "none", "contextual": "contextual", "batch": "batch"} | {
-    "temperature": "temperature"
+CALIBRATIONS = {
+    "raw": "none",
+    "contextual": "contextual",
+    "batch": "batch",
+    "temperature": "temperature",
 }
 FIGURES = ("accuracy", "macro_f1", "ece", "accuracy_confident_half")
 
@@ -93,7 +97,6 @@ def labelled(
     overrides = [
         f"runs={runs}",
         f"name={folder.name}-{teacher}",
-        f"task.examples_source={folder / 'train.parquet'}",
         f"corpus.source={folder / 'test.parquet'}",
         f"corpus.validation_fraction={min(rows / 5 / there, 0.2)}",
         "corpus.test_fraction=0.0",
@@ -101,6 +104,8 @@ def labelled(
         'teacher.splits=["unlabeled", "validation"]',
         f"teacher.max_unlabeled_rows={rows}",
     ]
+    if load_experiment(experiment).task.examples_source is not None:
+        overrides.append(f"task.examples_source={folder / 'train.parquet'}")
     for job in ("prepare", "label"):
         command = [sys.executable, str(JOBS / f"{job}.py"), str(experiment), *overrides]
         if subprocess.run(command, check=False).returncode:

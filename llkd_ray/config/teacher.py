@@ -120,7 +120,8 @@ class VLLMTeacher(TeacherBase):
 
     kind: Literal["vllm"] = "vllm"
     model: Text = "smollm2-135m-instruct"
-    """An embedded model by name, or the folder of a Hugging Face causal language model."""
+    """An embedded model by name, the folder of a Hugging Face causal language model, or one of the
+    hub with its revision, NAME/MODEL@REVISION."""
     engine: EngineSection = EngineSection()
     actors: ActorsSection = ActorsSection()
     usd_per_actor_hour: NonNegativeFloat = 0.10

@@ -5,6 +5,7 @@ import fcntl
 import io
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,12 +15,18 @@ from llkd_ray.errors import TeacherError
 
 _log = logging.getLogger(__name__)
 
+# A revision is part of the name, since answers of another one are another teacher's.
+_ON_HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
+# Other weight formats can run code when they are loaded.
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
 
 def teacher_folder(model: str, cache: str) -> Path:
     """Return the folder of a teacher; an embedded one is converted on first use.
 
     Args:
-        model: An embedded model's name, or a folder with safetensors and a tokenizer.
+        model: An embedded model's name, a folder with safetensors and a tokenizer, or a model of
+            the Hugging Face hub with its revision, NAME/MODEL@REVISION.
         cache: Folder for converted models.
 
     Raises:
@@ -34,7 +41,8 @@ def encoder_folder(model: str) -> Path:
     """Return the folder of the encoder that finds the nearest examples.
 
     Args:
-        model: An embedded encoder's name, or a folder with safetensors and a tokenizer.
+        model: An embedded encoder's name, a folder with safetensors and a tokenizer, or a model
+            of the hub with its revision.
 
     Raises:
         TeacherError: There is no such encoder.
@@ -46,10 +54,13 @@ def encoder_folder(model: str) -> Path:
 
 def _named_folder(setting: str, model: str, known: Iterable[str]) -> Path:
     folder = Path(model).expanduser()
+    on_hub = _ON_HUB.fullmatch(model)
+    if on_hub and not folder.is_dir():
+        folder = _from_hub(setting, on_hub["name"], on_hub["revision"])
     if not (folder / "config.json").is_file():
         raise TeacherError(
-            f"{setting} = {model!r}: neither an embedded model ({', '.join(known)}) nor a folder "
-            "with a config.json"
+            f"{setting} = {model!r}: neither an embedded model ({', '.join(known)}), nor a folder "
+            "with a config.json, nor a model of the hub with its revision (NAME/MODEL@REVISION)"
         )
     if not list(folder.glob("*.safetensors")):
         raise TeacherError(
@@ -57,6 +68,22 @@ def _named_folder(setting: str, model: str, known: Iterable[str]) -> Path:
             "when loaded and are refused"
         )
     return folder.resolve()
+
+
+def _from_hub(setting: str, name: str, revision: str) -> Path:
+    """Bring a model from the hub, or find it in the hub's own cache."""
+    from httpx import HTTPError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except (HTTPError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TeacherError(
+            f"{setting} = '{name}@{revision}': the hub did not give it, and it is not in its "
+            f"cache: {reason}; check name, revision and HF_TOKEN, or give a folder"
+        ) from None
 
 
 def _converted(model: str, cache: Path) -> Path:

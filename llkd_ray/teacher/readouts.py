@@ -123,8 +123,8 @@ def read_out(corpus: Path, folder: Path, opening: Opening, ledger: Ledger) -> An
                 break
             tally.begin(sum(rows for _, rows in todo))
             _ask([shard for shard, _ in todo], opening, ledger, tally)
-        for parts in ledger.open_folders():
-            ledger.compact(parts)
+        for _ in each(ledger.compact, ledger.open_folders()):
+            pass
     _seal(free, ledger)
     counts = Counter[str]()
     for sealed in each(functools.partial(_seal, ledger=ledger), shards):
