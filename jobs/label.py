@@ -45,7 +45,7 @@ def read_out(experiment: Experiment) -> None:
     ledger.open(lineage.asking)
     with make(lineage.readouts) as draft, ray_session(experiment.ray):
         actors = experiment.teacher.actors
-        require_room(experiment.ray, actors.min, actors.num_cpus, actors.num_gpus)
+        require_room(experiment.ray, actors.min, actors.num_cpus, opening.num_gpus)
         answered = readouts.read_out(
             lineage.corpus.path.resolve(), draft.folder.resolve(), opening, ledger
         )

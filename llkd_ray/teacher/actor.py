@@ -51,6 +51,14 @@ class Opening:
         pool = pool_of(experiment)
         return cls(experiment.task, experiment.teacher, pool, experiment.cache)
 
+    @property
+    def num_gpus(self) -> float:
+        """GPUs that one actor reserves."""
+        ranks = (
+            self.teacher.engine.tensor_parallel_size if isinstance(self.teacher, VLLMTeacher) else 1
+        )
+        return self.teacher.actors.num_gpus * ranks
+
     def prompt(self) -> "Prompt | None":
         """Return the prompt of a teacher that runs here, built without its weights.
 

@@ -160,10 +160,8 @@ def _ask(shards: list[Shard], opening: Opening, ledger: Ledger, tally: Tally) ->
     context.print_on_execution_start = False
     teacher = opening.teacher
     actors = teacher.actors
-    resources: dict[str, Any] = {"num_cpus": actors.num_cpus}
+    resources: dict[str, Any] = {"num_cpus": actors.num_cpus, "num_gpus": opening.num_gpus or None}
     if isinstance(teacher, VLLMTeacher):
-        if actors.num_gpus:
-            resources["num_gpus"] = actors.num_gpus * teacher.engine.tensor_parallel_size
         environment = engine_environment(teacher.engine, actors.threads)
         resources["runtime_env"] = {"env_vars": environment}
     rows = (
@@ -181,6 +179,9 @@ def _ask(shards: list[Shard], opening: Opening, ledger: Ledger, tally: Tally) ->
         )
         .repartition(target_num_rows_per_block=teacher.batch_size)
     )
+    # Ray Data 2.60 gives a repartition a whole CPU and has no argument to change that: teachers
+    # that hold nearly all would wait for it forever. With the reader's share both are one operator.
+    rows._logical_plan.dag.ray_remote_args["num_cpus"] = TASK_CPUS  # type: ignore[attr-defined]
     counts = rows.map_batches(
         TeacherActor,
         fn_constructor_args=(opening, ledger),
