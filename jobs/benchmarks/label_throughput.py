@@ -159,7 +159,7 @@ class Bare:
         self._hear()
 
     def rate(self) -> float:
-        """Return rows per second over all prompts, with nothing in the cache but what they share."""
+        """Return rows per second over all prompts, with what they share in the cache alone."""
         self._tell("go")
         return float(self._hear())
 

@@ -74,7 +74,7 @@ def _from_hub(setting: str, name: str, revision: str) -> Path:
     """Bring a model from the hub, or find it in the hub's own cache."""
     from httpx import HTTPError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
