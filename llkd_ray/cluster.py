@@ -63,6 +63,9 @@ def end_children_with_actor() -> "subprocess.Popen[bytes] | None":
     and a private raylet goes with its driver. vLLM's engine does not notice: it would hold its
     memory for ever. So a shell waits for the end of a pipe that this process alone holds open,
     and then kills the group. Without effect outside an actor.
+
+    Returns:
+        The shell; to be held for as long as the actor is to live.
     """
     in_actor = ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
     if not in_actor or os.getpgrp() != os.getpid():

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ray.util.metrics import Counter
 
-from llkd_ray.cluster import end_children_with_actor
 from llkd_ray.config import (
     Example,
     Experiment,
@@ -83,7 +82,6 @@ class Opening:
                 from llkd_ray.teacher.engine import Engine
                 from llkd_ray.teacher.pretrained import teacher_folder
 
-                end_children_with_actor()
                 model = teacher_folder(teacher.model, self.cache)
                 return Engine(self.task, teacher, self.pool, model, export_metrics=True)
             case HTTPTeacher() as teacher:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llkd_ray.cluster import end_children_with_actor
 from llkd_ray.config import EngineSection, Example, TaskSection, VLLMTeacher
 from llkd_ray.teacher.answers import Answer, TeacherDiedError
 from llkd_ray.teacher.prompt import Encoded, Prompt
@@ -46,6 +47,7 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
+        self._watch = end_children_with_actor()
         self._engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(model=str(model), **engine_arguments(teacher.engine)),
             stat_loggers=[RayPrometheusStatLogger] if export_metrics else None,
