@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -106,6 +107,19 @@ def test_a_crash_between_compaction_and_removal_changes_nothing(ledger: Ledger) 
     (ledger.folder / parts).mkdir()
     (ledger.folder / parts / part.name).write_bytes(kept)
     assert found(ledger, IDS[:10]) == [(id_, None) for id_ in IDS[:10]]
+
+
+def test_a_reader_misses_nothing_while_parts_are_compacted(ledger: Ledger) -> None:
+    folders = [range_name(IDS[start], IDS[start + 9]) for start in range(0, 120, 10)]
+    for start, parts in zip(range(0, 120, 10), folders, strict=True):
+        for id_ in IDS[start : start + 10]:
+            ledger.write(parts, entries(ledger, [id_]))
+    with ThreadPoolExecutor() as pool:
+        compacting = pool.submit(lambda: [ledger.compact(parts) for parts in folders])
+        while not compacting.done():
+            assert len(found(ledger, IDS[:120])) == 120
+        compacting.result()
+    assert len(found(ledger, IDS[:120])) == 120
 
 
 def test_an_empty_ledger_knows_nothing(ledger: Ledger, tmp_path: Path) -> None:

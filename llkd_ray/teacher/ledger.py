@@ -77,7 +77,7 @@ class Ledger:
         A part is named by its rows, so that a batch which Ray runs again replaces itself.
 
         Args:
-            parts: Name of the folder of parts, from `parts_of`.
+            parts: Name of the folder of parts, from `range_name`.
             entries: Rows with the ledger's columns.
         """
         folder = self.folder / parts
@@ -95,6 +95,14 @@ class Ledger:
         """
         if len(row_ids) == 0 or not self.folder.is_dir():
             return self.columns.empty_table()
+        while True:
+            try:
+                return self._find(row_ids)
+            except FileNotFoundError:
+                # A part went into a compacted file after it was listed: that file is there now.
+                continue
+
+    def _find(self, row_ids: pa.Array) -> pa.Table:
         found = []
         for path in self._overlapping(row_ids[0].as_py(), row_ids[-1].as_py()):
             ids = pq.read_table(path, columns=["row_id"]).column("row_id")
@@ -133,14 +141,18 @@ class Ledger:
         pq.write_table(entries, beside)
         os.replace(beside, path)
 
-    def _overlapping(self, first: str, last: str) -> Iterator[Path]:
-        """Yield the files with ids between two ids."""
-        for path in sorted(self.folder.iterdir()):
-            if path.is_dir():
-                if _overlaps(path.name, first, last):
-                    yield from (part for part in _files(path) if _overlaps(part.name, first, last))
-            elif path.suffix == ".parquet" and _overlaps(path.name, first, last):
-                yield path
+    def _overlapping(self, first: str, last: str) -> list[Path]:
+        """List the files with ids between two ids.
+
+        Parts come before whole files: what is compacted in between is then seen twice, not never.
+        """
+        folders = [path for path in self.folder.iterdir() if path.is_dir()]
+        parts = [
+            part for path in folders if _overlaps(path.name, first, last) for part in _files(path)
+        ]
+        return [
+            path for path in (*parts, *_files(self.folder)) if _overlaps(path.name, first, last)
+        ]
 
 
 def range_name(first: str, last: str) -> str:
