@@ -24,6 +24,8 @@ def test_teachers_that_leave_a_reader_its_share_of_the_cpus_have_room() -> None:
     config = RaySection(num_cpus=2)
     require_room(config, 1, 2 - TASK_CPUS)
     require_room(config, 2, (2 - TASK_CPUS) / 2)
+    with pytest.raises(ClusterError):
+        require_room(config, 1, 2 - TASK_CPUS + 0.01)
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -122,6 +122,13 @@ def test_a_reader_misses_nothing_while_parts_are_compacted(ledger: Ledger) -> No
     assert len(found(ledger, IDS[:120])) == 120
 
 
+def test_a_file_that_is_listed_and_cannot_be_read_is_told_not_waited_for(ledger: Ledger) -> None:
+    name = f"{range_name(IDS[0], IDS[9])}-00000000.parquet"
+    (ledger.folder / name).symlink_to(ledger.folder / "gone")
+    with pytest.raises(FileNotFoundError):
+        found(ledger, IDS[:10])
+
+
 def test_an_empty_ledger_knows_nothing(ledger: Ledger, tmp_path: Path) -> None:
     assert found(ledger, IDS) == []
     assert found(Ledger(tmp_path / "none", 2), IDS) == []

@@ -95,16 +95,20 @@ class Ledger:
         """
         if len(row_ids) == 0 or not self.folder.is_dir():
             return self.columns.empty_table()
+        first, last = row_ids[0].as_py(), row_ids[-1].as_py()
         while True:
+            paths = self._overlapping(first, last)
             try:
-                return self._find(row_ids)
+                return self._best(row_ids, paths)
             except FileNotFoundError:
-                # A part went into a compacted file after it was listed: that file is there now.
-                continue
+                # A part may have gone into a compacted file after it was listed, which then is
+                # there now. Where the list is the same, something else is wrong.
+                if self._overlapping(first, last) == paths:
+                    raise
 
-    def _find(self, row_ids: pa.Array) -> pa.Table:
+    def _best(self, row_ids: pa.Array, paths: list[Path]) -> pa.Table:
         found = []
-        for path in self._overlapping(row_ids[0].as_py(), row_ids[-1].as_py()):
+        for path in paths:
             ids = pq.read_table(path, columns=["row_id"]).column("row_id")
             wanted = pc.is_in(ids, value_set=row_ids)
             if pc.any(wanted).as_py():
@@ -161,7 +165,11 @@ def range_name(first: str, last: str) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+    files: list[Path] = []
+    # A folder that is compacted right now is a file already.
+    with contextlib.suppress(FileNotFoundError):
+        files = sorted(folder.iterdir())
+    return [path for path in files if path.suffix == ".parquet" and not path.name.startswith(".")]
 
 
 def _overlaps(name: str, first: str, last: str) -> bool:
