@@ -1,6 +1,5 @@
 """Real workers, real DeepSpeed, real Ray Train; only the encoder is small in most tests."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -414,9 +413,6 @@ def test_models_are_scored_on_the_gold_test_rows(tmp_path, folders, unbroken):
     of_teacher = {row["row_id"]: row["label"] for shard in shards for row in shard}
     mine = [row for row in rows.to_pylist() if row["model"] == "teacher"]
     assert {row["row_id"]: row["predicted"] for row in mine} == of_teacher
-    bins = json.loads((tmp_path / "reliability.json").read_text())
-    assert sum(bin_["rows"] for bin_ in bins["before"]) == 60
-    assert sum(bin_["rows"] for bin_ in bins["after"]) == 60
 
 
 @pytest.mark.slow

@@ -24,7 +24,6 @@ from llkd_ray.metrics import (
     bootstrap_interval,
     expected_calibration_error,
     macro_f1,
-    reliability,
 )
 from llkd_ray.student.evaluate import Probabilities, predict
 
@@ -71,9 +70,7 @@ def score_models(
         test/shard-*.parquet (schema.labels).
 
     Writes:
-        out/predictions.parquet (schema.predictions), out/scores.json (schema.ModelScore by model),
-        out/reliability.json (metrics.ReliabilityBin lists of the teacher: `before` and `after`
-        calibration).
+        out/predictions.parquet (schema.predictions), out/scores.json (schema.ModelScore by model).
 
     Args:
         test: The test split of the labels artifact.
@@ -109,18 +106,6 @@ def score_models(
         name: _score(outcome, len(label_names), section, seed) for name, outcome in outcomes.items()
     }
     _write_json(out / "scores.json", {name: score.model_dump() for name, score in scores.items()})
-    bins = {
-        moment: reliability(
-            outcomes[name].confidence,
-            outcomes[name].gold == outcomes[name].predicted,
-            section.calibration_bins,
-        )
-        for moment, name in (("before", UNCALIBRATED), ("after", TEACHER))
-    }
-    _write_json(
-        out / "reliability.json",
-        {moment: [asdict(bin_) for bin_ in found] for moment, found in bins.items()},
-    )
     return Scored(rows, scores)
 
 
