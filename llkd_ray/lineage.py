@@ -123,7 +123,7 @@ class Lineage:
         experiment = self.experiment
         selection = rule_named(rule or experiment.selection.rule, experiment.selection)
         train = dict(as_tree(experiment.train))
-        for key in ("max_failures", "cpus_per_worker", "threads_per_worker"):
+        for key in ("max_failures", "cpus_per_worker", "threads_per_worker", "checkpoint_steps"):
             del train[key]
         return self._artifact(
             "student",
@@ -132,7 +132,7 @@ class Lineage:
                 "selection": as_tree(selection),
                 "student": as_tree(experiment.student),
                 "model": embedded.revision(experiment.student.model),
-                "train": train,
+                "train": {**train, "deepspeed": _content(experiment.train.deepspeed)},
                 "seed": experiment.seed,
             },
             self.labels,
@@ -211,3 +211,9 @@ def _only(section: BaseModel, *keys: str) -> dict[str, Any]:
     """Return some keys of a section."""
     tree = as_tree(section)
     return {key: tree[key] for key in keys}
+
+
+def _content(file: str | None) -> str | None:
+    """Return what a settings file says; nothing for one that is missing, which its job reports."""
+    path = None if file is None else Path(file).expanduser()
+    return path.read_text(encoding="utf-8") if path is not None and path.is_file() else None

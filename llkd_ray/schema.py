@@ -90,13 +90,17 @@ AUDIT = pa.schema(
         pa.field("label", pa.string()),
         pa.field("rows", pa.int64()),  # with this label
         pa.field("kept", pa.int64()),
+        pa.field("used", pa.int64()),  # trained on in this or an earlier epoch
         pa.field("teacher_threshold", pa.float64()),  # null where the rule has none
         pa.field("student_threshold", pa.float64()),
+        pa.field("joint_threshold", pa.float64()),
         pa.field("confidence_kept", pa.float64()),  # means; null where there is no row
         pa.field("confidence_dropped", pa.float64()),
         pa.field("uncertainty_kept", pa.float64()),
         pa.field("uncertainty_dropped", pa.float64()),
         pa.field("purity_kept", pa.float64()),  # share of labels equal to gold; null without gold
+        # The same of the rows that the student is uncertain of: at or above its threshold, or 0.5.
+        pa.field("purity_uncertain", pa.float64()),
         pa.field("purity_all", pa.float64()),
     ]
 )
@@ -112,12 +116,27 @@ EPOCHS = pa.schema(
         pa.field("loss", pa.float64()),  # weighted mean over the epoch
         pa.field("validation_accuracy", pa.float64()),  # null without gold
         pa.field("validation_macro_f1", pa.float64()),
+        # Against the teacher's surest labels on rows held out; null where none are.
+        pa.field("held_out_macro_f1", pa.float64()),
+        pa.field("score", pa.float64()),  # what the best epoch has most of; null: the last is best
         pa.field("scoring_s", pa.float64()),
         pa.field("selection_s", pa.float64()),
         pa.field("training_s", pa.float64()),
     ]
 )
 """student/epochs.parquet."""
+
+SIGNALS = pa.schema(
+    [
+        pa.field("row_id", pa.string()),
+        pa.field("confidence", pa.float32()),  # of the teacher in its label
+        pa.field("uncertainty", pa.float32()),  # of the student; null where it was not asked
+        pa.field("student_of_label", pa.float32()),  # its probability of the teacher's label
+        pa.field("kept", pa.bool_()),
+        pa.field("weight", pa.float32()),  # in the loss; 0 of a dropped row
+    ]
+)
+"""student/signals/epoch-EPOCH-WORKER-of-WORKERS.parquet: every row, as it was in that epoch."""
 
 
 def predictions(num_classes: int) -> pa.Schema:

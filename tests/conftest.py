@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training_data import make_split_folders
+from training_workers import make_small_encoder, work_on
 
 from llkd_ray.cluster import ray_session
 from llkd_ray.config import Experiment, RaySection, load_experiment
@@ -96,3 +98,21 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     done = run.job("run", timeout_s=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return run
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Labels and corpus of 120 questions to train on, 40 to validate and 60 to test."""
+    return make_split_folders(tmp_path_factory.mktemp("data"), 120, 40, 60)
+
+
+@pytest.fixture(scope="session")
+def small_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder that trains in seconds."""
+    return make_small_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture
+def work(folders: tuple[Path, Path], small_encoder: Path) -> Any:
+    """What training workers are told."""
+    return work_on(folders, small_encoder)

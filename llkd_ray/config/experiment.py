@@ -14,14 +14,8 @@ from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from llkd_ray.config.endpoint import BenchSection, RaySection, ServeSection
 from llkd_ray.config.section import Name, Section, Text
-from llkd_ray.config.student import (
-    RULES,
-    EvaluateSection,
-    LLKDRule,
-    SelectionSection,
-    StudentSection,
-    TrainSection,
-)
+from llkd_ray.config.selection import RULES, LLKDRule, SelectionSection
+from llkd_ray.config.student import EvaluateSection, StudentSection, TrainSection
 from llkd_ray.config.task import CorpusSection, TaskSection
 from llkd_ray.config.teacher import (
     CalibrationSection,

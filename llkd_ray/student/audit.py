@@ -1,4 +1,4 @@
-"""What each epoch kept and what became of it: the rows of audit.parquet and epochs.parquet.
+"""What each epoch kept and what became of it: rows of audit.parquet and of the signals.
 
 Gold is read here, to say how pure the kept labels are, and nowhere near the loss.
 
@@ -6,22 +6,25 @@ Shape legend: N rows of this worker, C classes.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from llkd_ray.metrics import accuracy, macro_f1
-from llkd_ray.selection import AllReduce, Floats, Ints, Selection
-from llkd_ray.student.batches import NONE, Rows
+from llkd_ray import schema
+from llkd_ray.selection import NONE, AllReduce, Bools, Floats, Selection, Signals
+from llkd_ray.student.batches import Rows
 
 
 def audit_classes(
     epoch: int,
     label_names: Sequence[str],
-    rows: Rows,
-    uncertainty: Floats | None,
-    *,
+    signals: Signals,
     selection: Selection,
+    used: Bools,
+    *,
     all_reduce: AllReduce,
 ) -> list[dict[str, Any]]:
     """Return one row of schema.AUDIT per class, over all workers.
@@ -31,29 +34,37 @@ def audit_classes(
     Args:
         epoch: From 1.
         label_names: Names of the C classes.
-        rows: Of this worker.
-        uncertainty: [N], or None when the student was not asked.
+        signals: Of this worker's rows; without the student's answers where it was not asked.
         selection: What was kept of these rows.
+        used: [N], trained on in this or an earlier epoch.
         all_reduce: Sum over the workers.
     """
+    one = np.ones(len(signals))
     kept = selection.keep.astype(np.float64)
-    known = (rows.gold != NONE).astype(np.float64)
-    right = (rows.gold == rows.label).astype(np.float64)
-    unsure = np.zeros(len(rows)) if uncertainty is None else uncertainty
+    known = (signals.gold != NONE).astype(np.float64)
+    right = (signals.gold == signals.label).astype(np.float64)
+    asked = signals.student is not None
+    unsure = signals.uncertainty if asked else np.zeros(len(signals))
+    threshold = selection.thresholds.get("student")
+    # Where the rule has no such threshold, the student is uncertain above its class's middle.
+    uncertain = (unsure >= (0.5 if threshold is None else threshold[signals.label])) & asked
     measures = {
-        "rows": np.ones(len(rows)),
+        "rows": one,
         "kept": kept,
-        "confidence": rows.confidence,
-        "confidence_kept": rows.confidence * kept,
+        "used": used.astype(np.float64),
+        "confidence": signals.confidence,
+        "confidence_kept": signals.confidence * kept,
         "uncertainty": unsure,
         "uncertainty_kept": unsure * kept,
         "known": known,
         "known_kept": known * kept,
+        "known_uncertain": known * uncertain,
         "right": right,
         "right_kept": right * kept,
+        "right_uncertain": right * uncertain,
     }
     per_class = [
-        np.bincount(rows.label, weights=measure, minlength=len(label_names))
+        np.bincount(signals.label, weights=measure, minlength=len(label_names))
         for measure in measures.values()
     ]
     sums = dict(zip(measures, all_reduce(np.stack(per_class)), strict=True))
@@ -61,57 +72,69 @@ def audit_classes(
         {
             "epoch": epoch,
             "label": name,
-            **_class_row({key: float(values[y]) for key, values in sums.items()}),
-            "teacher_threshold": _number(selection.teacher_thresholds[y]),
-            "student_threshold": _number(selection.student_thresholds[y]),
+            **_class_row({key: float(values[y]) for key, values in sums.items()}, asked=asked),
+            **{
+                f"{signal}_threshold": _number(selection.thresholds.get(signal), y)
+                for signal in ("teacher", "student", "joint")
+            },
         }
-        | (
-            {}
-            if uncertainty is not None
-            else {"uncertainty_kept": None, "uncertainty_dropped": None}
-        )
         for y, name in enumerate(label_names)
     ]
 
 
-def _class_row(of: dict[str, float]) -> dict[str, Any]:
+def write_signals(path: Path, rows: Rows, signals: Signals, selection: Selection) -> None:
+    """Write what this worker's rows looked like in one epoch: schema.SIGNALS.
+
+    Args:
+        path: The file to make; its folder is made too.
+        rows: This worker's.
+        signals: Of these rows.
+        selection: What was kept of them.
+    """
+    asked = signals.student is not None
+    none = pa.nulls(len(rows), pa.float32())
+
+    def column(values: Floats) -> pa.Array:
+        return pa.array(values.astype(np.float32))
+
+    ids = [f"{upper:016x}{lower:016x}" for upper, lower in zip(rows.keys, rows.lower, strict=True)]
+    table = pa.table(
+        [
+            pa.array(ids, pa.string()),
+            column(signals.confidence),
+            column(signals.uncertainty) if asked else none,
+            column(signals.student_of_label) if asked else none,
+            pa.array(selection.keep),
+            column(selection.weight),
+        ],
+        schema=schema.SIGNALS,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}")
+    pq.write_table(table, beside)
+    beside.replace(path)
+
+
+def _class_row(of: dict[str, float], *, asked: bool) -> dict[str, Any]:
     dropped = of["rows"] - of["kept"]
+    unsure = of["uncertainty"] - of["uncertainty_kept"]
     return {
         "rows": int(of["rows"]),
         "kept": int(of["kept"]),
+        "used": int(of["used"]),
         "confidence_kept": _ratio(of["confidence_kept"], of["kept"]),
         "confidence_dropped": _ratio(of["confidence"] - of["confidence_kept"], dropped),
-        "uncertainty_kept": _ratio(of["uncertainty_kept"], of["kept"]),
-        "uncertainty_dropped": _ratio(of["uncertainty"] - of["uncertainty_kept"], dropped),
+        "uncertainty_kept": _ratio(of["uncertainty_kept"], of["kept"]) if asked else None,
+        "uncertainty_dropped": _ratio(unsure, dropped) if asked else None,
         "purity_kept": _ratio(of["right_kept"], of["known_kept"]),
+        "purity_uncertain": _ratio(of["right_uncertain"], of["known_uncertain"]),
         "purity_all": _ratio(of["right"], of["known"]),
     }
-
-
-def score_validation(
-    gold: Ints, predicted: Ints, num_classes: int, *, all_reduce: AllReduce
-) -> tuple[float, float] | None:
-    """Return accuracy and macro-F1 over all workers, or None when there is no row.
-
-    Every worker must call this at the same time, with the gold and prediction of its own rows.
-    """
-    cells = np.bincount(gold * num_classes + predicted, minlength=num_classes**2)
-    confusion = all_reduce(cells.astype(np.float64)).astype(np.int64)
-    if not confusion.sum():
-        return None
-    # The table back as rows, so that the formulas stay in one place.
-    every_gold, every_predicted = np.divmod(
-        np.repeat(np.arange(num_classes**2), confusion), num_classes
-    )
-    return (
-        accuracy(every_gold, every_predicted),
-        macro_f1(every_gold, every_predicted, num_classes),
-    )
 
 
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+def _number(threshold: Floats | None, y: int) -> float | None:
+    return None if threshold is None or np.isnan(threshold[y]) else float(threshold[y])

@@ -1,31 +1,28 @@
-"""From Parquet shards to token batches: the rows of one worker, and the order they are read in.
+"""From Parquet shards to token batches: the rows of one worker.
 
-Every row belongs to one worker, named by the lower half of its id. (A Ray Data shard would be
-split equally and the remainder dropped, and no labelled row may be lost.)
+Every row belongs to one lane and every lane to one worker, by the row's id. (A Ray Data shard would
+be split equally and the remainder dropped, and no labelled row may be lost.)
 
-Shape legend: N rows, T tokens of them all, B rows and L tokens of a batch.
+Shape legend: N rows, C classes, T tokens of them all, B rows and L tokens of a batch.
 """
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from llkd_ray.corpus import read_shards
-from llkd_ray.selection import Floats, Ints
+from llkd_ray.selection import NONE, Bools, Ints, Keys, Probabilities
 
-Keys = npt.NDArray[np.uint64]
-NONE = -1
-"""Stands for a label or gold that a row does not have."""
 _READ_ROWS = 4096
-# Steps whose rows are sorted by length: 8 leave a quarter of the padding that shuffling makes.
-_WINDOW_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -52,25 +49,55 @@ class Rows:
 
     keys: Keys
     """[N], the upper half of each row id."""
+    lower: Keys
+    """[N], the lower half; its remainder is the row's lane."""
     label: Ints
     """[N], position of the teacher's label in task.labels, or NONE."""
     gold: Ints
-    """[N], likewise of the human's. Read for purity and validation, never trained on."""
-    confidence: Floats
-    """[N], the teacher's probability of its label; NaN without one."""
+    """[N], likewise of the human's. Read for purity, validation and the rule `gold`."""
+    teacher: Probabilities
+    """[N, C], the teacher's calibrated distribution; NaN without one."""
     tokens: Tokens
-    """Of the N texts."""
+    """Of the N texts, on disk: the pages not in use cost no memory."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    def subset(self, chosen: Bools) -> "Rows":
+        """Return some of the rows."""
+        positions = np.flatnonzero(chosen)
+        lengths = self.tokens.lengths[positions]
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        ids = np.empty(starts[-1], dtype=np.int32)
+        for to, position in enumerate(positions):
+            begin, end = self.tokens.starts[position : position + 2]
+            ids[starts[to] : starts[to + 1]] = self.tokens.ids[begin:end]
+        parts = {
+            field.name: getattr(self, field.name)[chosen]
+            for field in fields(self)
+            if field.name != "tokens"
+        }
+        return Rows(**parts, tokens=Tokens(ids, starts))
+
 
 @dataclass(frozen=True)
 class Share:
-    """Which worker's rows to read: those whose id falls to `rank` of `world_size`."""
+    """Which rows are this worker's: those whose lane falls to `rank` of `world_size`."""
 
     rank: int
     world_size: int
+    lanes: int
+    """How many lanes there are; the number of workers does not change it."""
+
+    def of(self, lower: Keys) -> Bools:
+        """Return which of the rows with these lower halves are this worker's."""
+        mine: Bools = lane_of(lower, self.lanes) % self.world_size == self.rank
+        return mine
+
+
+def lane_of(lower: Keys, lanes: int) -> Ints:
+    """Return the lane of each row, [N]."""
+    return (lower % np.uint64(lanes)).astype(np.int64)
 
 
 def read_rows(
@@ -85,7 +112,7 @@ def read_rows(
     """Read and tokenize one worker's rows of a split.
 
     Reads:
-        row_id, text, gold, and where they are there label, confidence.
+        row_id, text, gold, and where they are there label, probabilities.
 
     Args:
         folder: With shard-*.parquet.
@@ -95,31 +122,36 @@ def read_rows(
         share: Which rows are this worker's.
         gold_only: Leave out rows without gold.
     """
-    position: dict[str | None, int] = {name: index for index, name in enumerate(label_names)}
-    position[None] = NONE
-    keys: list[Keys] = []
-    columns: dict[str, list[Any]] = {"label": [], "gold": [], "confidence": []}
-    texts: list[Tokens] = []
-    for batch in _read_batches(folder):
-        upper, owner = split_ids(batch["row_id"])
-        mine = owner % np.uint64(share.world_size) == share.rank
-        if gold_only:
-            mine &= np.array([gold is not None for gold in batch["gold"]], dtype=np.bool_)
-        chosen = np.flatnonzero(mine)
-        if not len(chosen):
-            continue
-        keys.append(upper[chosen])
-        for name, missing in (("label", None), ("gold", None), ("confidence", np.nan)):
-            values = batch.get(name)
-            columns[name] += [values[i] if values else missing for i in chosen]
-        texts.append(tokenize(tokenizer, [batch["text"][i] for i in chosen], max_length))
-    return Rows(
-        keys=np.concatenate([np.empty(0, dtype=np.uint64), *keys]),
-        label=np.array([position[name] for name in columns["label"]], dtype=np.int64),
-        gold=np.array([position[name] for name in columns["gold"]], dtype=np.int64),
-        confidence=np.array(columns["confidence"], dtype=np.float64),
-        tokens=_joined(texts),
-    )
+    names = pa.array(label_names)
+    keys = [np.empty((0, 2), dtype=np.uint64)]
+    label, gold = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    teacher = [np.empty((0, len(label_names)), dtype=np.float32)]
+    lengths = [np.zeros(1, dtype=np.int64)]
+    with tempfile.TemporaryFile(prefix="llkd_ray-tokens-") as file:
+        for batch in _read_batches(folder):
+            ids = split_ids(batch.column("row_id").to_pylist())
+            mine = share.of(ids[:, 1])
+            if gold_only:
+                mine &= batch.column("gold").is_valid().to_numpy(zero_copy_only=False)
+            if not mine.any():
+                continue
+            chosen = batch.filter(pa.array(mine))
+            keys.append(ids[mine])
+            gold.append(_positions(chosen, "gold", names))
+            label.append(_positions(chosen, "label", names))
+            teacher.append(_distributions(chosen, len(label_names)))
+            tokens = tokenize(tokenizer, chosen.column("text").to_pylist(), max_length)
+            tokens.ids.tofile(file)
+            lengths.append(tokens.lengths)
+        both = np.concatenate(keys)
+        return Rows(
+            keys=both[:, 0].copy(),
+            lower=both[:, 1].copy(),
+            label=np.concatenate(label),
+            gold=np.concatenate(gold),
+            teacher=np.concatenate(teacher),
+            tokens=Tokens(_mapped(file), np.cumsum(np.concatenate(lengths))),
+        )
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokens:
@@ -137,11 +169,10 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokens:
     )
 
 
-def split_ids(row_ids: Sequence[str]) -> tuple[Keys, Keys]:
-    """Return the two halves of row ids of 32 hexadecimal digits as numbers."""
-    upper = np.array([int(row_id[:16], 16) for row_id in row_ids], dtype=np.uint64)
-    lower = np.array([int(row_id[16:], 16) for row_id in row_ids], dtype=np.uint64)
-    return upper, lower
+def split_ids(row_ids: Sequence[str]) -> Keys:
+    """Return the two halves of row ids of 32 hexadecimal digits as numbers, [N, 2]."""
+    halves = np.frombuffer(bytes.fromhex("".join(row_ids)), dtype=">u8")
+    return halves.astype(np.uint64).reshape(-1, 2)
 
 
 def pad(
@@ -151,7 +182,7 @@ def pad(
 
     No texts give one of padding alone: a worker that has run out still takes part in a step.
     """
-    lengths = tokens.lengths[chosen] if len(chosen) else np.array([1])
+    lengths = tokens.starts[chosen + 1] - tokens.starts[chosen] if len(chosen) else np.array([1])
     input_ids = np.full((len(lengths), lengths.max()), pad_token_id, dtype=np.int64)
     for line, text in enumerate(chosen):
         input_ids[line, : lengths[line]] = tokens.ids[tokens.starts[text] : tokens.starts[text + 1]]
@@ -169,59 +200,33 @@ def by_length(lengths: Ints, batch_size: int, num_batches: int) -> Iterator[Ints
         yield order[batch * batch_size : (batch + 1) * batch_size]
 
 
-def plan_epoch(rows: Rows, kept: Ints, num_steps: int, *, seed: int, epoch: int) -> list[Ints]:
-    """Shuffle the kept rows and deal them out over the steps of an epoch.
-
-    The order follows from row ids, seed and epoch alone. Each worker spreads its own kept rows
-    evenly, so that all workers take the same number of steps with nearly the same batches; one
-    with fewer rows than steps gets empty batches. Within a few shuffled steps rows of like length
-    share a step, on all workers at once, so that little is padded and nobody waits.
-
-    Args:
-        rows: Of this worker.
-        kept: Positions of the kept ones.
-        num_steps: Of the epoch, the same on every worker.
-        seed: Of the experiment.
-        epoch: From 1.
-
-    Returns:
-        Positions of the rows of each step.
-    """
-    salt = np.random.SeedSequence([seed, epoch])
-    shuffled = kept[np.argsort(_mix(rows.keys[kept], salt), kind="stable")]
-    same_on_all_workers = np.random.default_rng(salt)
-    plan: list[Ints] = []
-    # Not array_split: it hands its remainder to the first steps, on every worker at once.
-    ends = np.arange(num_steps + 1) * len(shuffled) // max(1, num_steps)
-    for first in range(0, num_steps, _WINDOW_STEPS):
-        last = min(first + _WINDOW_STEPS, num_steps)
-        window = shuffled[ends[first] : ends[last]]
-        window = window[np.argsort(rows.tokens.lengths[window], kind="stable")]
-        cuts = ends[first : last + 1] - ends[first]
-        steps = [window[start:end] for start, end in itertools.pairwise(cuts)]
-        plan += [steps[position] for position in same_on_all_workers.permutation(len(steps))]
-    return plan
-
-
-def _joined(parts: Sequence[Tokens]) -> Tokens:
-    return Tokens(
-        ids=np.concatenate([np.empty(0, dtype=np.int32), *(part.ids for part in parts)]),
-        starts=np.cumsum(np.concatenate([[0], *(part.lengths for part in parts)]), dtype=np.int64),
-    )
-
-
-def _mix(keys: Keys, salt: np.random.SeedSequence) -> Keys:
-    """Hash keys with a salt (the finalizer of splitmix64)."""
-    mixed = keys ^ salt.generate_state(1, np.uint64)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
-
-
-def _read_batches(folder: Path) -> Iterator[Mapping[str, list[Any]]]:
-    wanted = ("row_id", "text", "gold", "label", "confidence")
+def _read_batches(folder: Path) -> Iterator[pa.RecordBatch]:
+    wanted = ("row_id", "text", "gold", "label", "probabilities")
     for path in read_shards(folder):
         with pq.ParquetFile(path) as file:
             columns = [name for name in wanted if name in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=_READ_ROWS, columns=columns):
-                yield batch.to_pydict()
+            yield from file.iter_batches(batch_size=_READ_ROWS, columns=columns)
+
+
+def _positions(batch: pa.RecordBatch, column: str, names: pa.Array) -> Ints:
+    if column not in batch.schema.names:
+        return np.full(len(batch), NONE, dtype=np.int64)
+    found = pc.index_in(batch.column(column), value_set=names).fill_null(NONE)
+    positions: Ints = found.to_numpy(zero_copy_only=False).astype(np.int64)
+    return positions
+
+
+def _distributions(batch: pa.RecordBatch, num_classes: int) -> Probabilities:
+    if "probabilities" not in batch.schema.names:
+        return np.full((len(batch), num_classes), np.nan, dtype=np.float32)
+    flat = batch.column("probabilities").flatten().to_numpy(zero_copy_only=False)
+    distributions: Probabilities = flat.astype(np.float32).reshape(-1, num_classes)
+    return distributions
+
+
+def _mapped(file: BinaryIO) -> npt.NDArray[np.int32]:
+    """Map a file of token ids; it has no name and goes with the last reader."""
+    file.flush()
+    if not file.tell():
+        return np.empty(0, dtype=np.int32)
+    return np.memmap(file, dtype=np.int32, mode="r")

@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
 
 from llkd_ray.corpus import read_shards
 from llkd_ray.errors import StudentError
+from llkd_ray.selection import Ints, Probabilities
 from llkd_ray.student.batches import Tokens, by_length, pad, tokenize
 from llkd_ray.student.model import load_student
 
-Probabilities = npt.NDArray[np.float32]
 _CHUNK_BATCHES = 16
 
 
 def class_probabilities(
     model: Any,
     tokens: Tokens,
+    positions: Ints | None = None,
     *,
     batch_size: int,
     pad_token_id: int,
@@ -31,11 +31,12 @@ def class_probabilities(
     device: torch.device,
     num_batches: int | None = None,
 ) -> Probabilities:
-    """Return the model's probabilities of each text, [N, C], without gradients.
+    """Return the model's probabilities of texts, [N, C], without gradients.
 
     Args:
         model: A classifier, or a DeepSpeed engine around one; left in evaluation mode.
-        tokens: Of the N texts.
+        tokens: Of the texts.
+        positions: [N], which of them; all when not given.
         batch_size: Rows of one forward pass, sorted by length so that little is padded.
         pad_token_id: Of the tokenizer.
         num_classes: C.
@@ -44,11 +45,12 @@ def class_probabilities(
             all of them must run the same number. As many as needed when not given.
     """
     model.eval()
-    result = np.empty((len(tokens), num_classes), dtype=np.float32)
-    needed = -(-len(tokens) // batch_size)
+    asked = np.arange(len(tokens)) if positions is None else positions
+    result = np.empty((len(asked), num_classes), dtype=np.float32)
+    needed = -(-len(asked) // batch_size)
     with torch.no_grad():
-        for chosen in by_length(tokens.lengths, batch_size, num_batches or needed):
-            logits = model(**pad(tokens, chosen, pad_token_id, device)).logits
+        for chosen in by_length(tokens.lengths[asked], batch_size, num_batches or needed):
+            logits = model(**pad(tokens, asked[chosen], pad_token_id, device)).logits
             if len(chosen):
                 result[chosen] = torch.softmax(logits.float(), dim=-1).cpu().numpy()
     return result

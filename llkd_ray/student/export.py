@@ -84,11 +84,17 @@ measure it on texts labelled by people before relying on it.
 
 
 def _chosen(card: Card) -> str:
-    epoch, accuracy = card.details["best_epoch"], card.details["validation_accuracy"]
-    if accuracy is None:
-        return f"The weights after epoch {epoch}, the last (there was no gold to choose by)."
+    details = card.details
+    epoch, by = details["best_epoch"], details["chosen_by"]
+    if by == "last":
+        return f"The weights after epoch {epoch}, the last."
+    if by == "held_out_macro_f1":
+        return (
+            f"The weights after epoch {epoch} of {card.epochs}, the best by macro-F1 against the "
+            f"teacher's surest labels on rows held out: {details[by]:.3f}. No gold was read."
+        )
     return (
         f"The weights after epoch {epoch} of {card.epochs}, the best by macro-F1 on the validation "
-        f"split: accuracy {accuracy:.3f}, macro-F1 {card.details['validation_macro_f1']:.3f}. "
+        f"split: accuracy {details['validation_accuracy']:.3f}, macro-F1 {details[by]:.3f}. "
         "Being chosen by them, they are no test scores."
     )

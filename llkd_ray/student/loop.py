@@ -9,11 +9,11 @@ L_w = sum w CE / sum w, so that N workers take the step that one would take.
 Shape legend: N rows of this worker, C classes.
 """
 
-import os
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,29 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from llkd_ray.config import AllRule, LLKDRule, StudentSection, TrainSection
+from llkd_ray.config import LLKDRule, Rule, StudentSection, TrainSection
 from llkd_ray.errors import StudentError
 from llkd_ray.selection import (
     AllReduce,
     Bools,
     Floats,
     Ints,
+    Probabilities,
     Selection,
+    Signals,
+    balanced,
     needs_student,
     select,
-    uncertainty,
 )
-from llkd_ray.student import checkpoint
-from llkd_ray.student.audit import audit_classes, score_validation
-from llkd_ray.student.batches import Rows, Share, pad, plan_epoch, read_rows
-from llkd_ray.student.checkpoint import Progress
-from llkd_ray.student.evaluate import Probabilities, class_probabilities
+from llkd_ray.student import checkpoint, stopping
+from llkd_ray.student.audit import audit_classes, write_signals
+from llkd_ray.student.batches import Rows, Share, read_rows
+from llkd_ray.student.checkpoint import Progress, RowMemory
+from llkd_ray.student.engine import Average, start_engine
+from llkd_ray.student.evaluate import class_probabilities
 from llkd_ray.student.model import load_encoder, load_tokenizer, locate
+from llkd_ray.student.order import lanes_for, plan_epoch
+from llkd_ray.student.step import Stepper, learning_rate
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,14 @@ class Context:
     world_size: int
     """Workers, each with a torch.distributed process group around it."""
     device: torch.device
-    report: Callable[[dict[str, Any], Path], None]
-    """Takes the epoch's row of schema.EPOCHS and this worker's part of the checkpoint, which is
-    gone after the call. A barrier: every worker reports every epoch."""
+    report: Callable[[dict[str, Any] | None, Path, str], None]
+    """Takes the epoch's row of schema.EPOCHS (None within an epoch), this worker's part of the
+    checkpoint, which is gone after the call, and the checkpoint's name. A barrier: every worker
+    reports equally often."""
     restored: Path | None
     """A whole checkpoint to go on from."""
+    signals: Path | None = None
+    """Folder, shared by the workers, for what the rows looked like; None to write nothing."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +73,17 @@ class Work:
     validation: Path | None
     """Folder of the validation shards; None when there is no gold."""
     label_names: tuple[str, ...]
-    selection: LLKDRule | AllRule
+    selection: Rule
     student: StudentSection
     train: TrainSection
+    expert: dict[str, Any]
+    """Further settings of DeepSpeed."""
     seed: int
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether rows are chosen in each step instead of before each epoch."""
+        return isinstance(self.selection, LLKDRule) and self.selection.cadence == "step"
 
 
 @dataclass(frozen=True)
@@ -77,13 +92,18 @@ class _Worker:
     work: Work
     tokenizer: Any
     engine: Any
+    average: Average | None
     all_reduce: AllReduce
     rows: Rows
+    """To train on."""
+    held_out: Rows
+    """Of the labelled rows; those whose label the teacher is surest of."""
     validation: Rows | None
+    """With gold."""
 
 
 def train_worker(context: Context, work: Work) -> None:
-    """Train from the restored checkpoint, or the beginning, to the last epoch.
+    """Train from the restored checkpoint, or the beginning, to the end.
 
     Raises:
         StudentError: The student cannot be loaded, or there is not one row to train on.
@@ -91,40 +111,20 @@ def train_worker(context: Context, work: Work) -> None:
     if context.device.type == "cpu":
         torch.set_num_threads(work.train.threads_per_worker)
     worker = _start(context, work)
-    progress = Progress.start(len(work.label_names))
-    used = np.zeros(len(worker.rows), dtype=np.bool_)
+    progress, memory = Progress.start(), RowMemory.start(worker.rows)
     if context.restored is not None:
-        progress, used = checkpoint.restore(context.restored, worker.engine, rank=context.rank)
-    for epoch in range(progress.epoch + 1, work.train.epochs + 1):
-        # One seed per epoch and worker: a resumed run draws the dropout of an unbroken one.
-        torch.manual_seed(_seed_of(work.seed, epoch, context.rank))
-        progress = _run_epoch(worker, epoch, progress, used)
-        with tempfile.TemporaryDirectory(prefix="llkd_ray-") as folder:
-            checkpoint.save(
-                Path(folder),
-                worker.engine,
-                worker.tokenizer,
-                progress=progress,
-                used=used,
-                rank=context.rank,
-            )
-            context.report(progress.epochs[-1], Path(folder))
-
-
-def learning_rate(section: TrainSection, done: float) -> float:
-    """Return the learning rate when a share `done` (0 to 1) of all training lies behind.
-
-    It rises linearly over the warm-up and falls linearly to zero. The share counts epochs, and
-    within an epoch its steps: how many rows later epochs will keep is not known beforehand.
-    """
-    if done < section.warmup_fraction:
-        return section.learning_rate * done / section.warmup_fraction
-    return section.learning_rate * (1 - done) / (1 - section.warmup_fraction)
+        progress, memory = checkpoint.restore(
+            context.restored, worker.engine, rows=worker.rows, average=worker.average
+        )
+    while not _is_over(work.train, progress):
+        progress = _run_epoch(worker, progress, memory)
+        _report(worker, progress, memory, progress.epochs[-1])
 
 
 def _start(context: Context, work: Work) -> _Worker:
     all_reduce = _all_reduce()
     tokenizer = load_tokenizer(locate(work.student.model))
+    share = Share(context.rank, context.world_size, lanes_for(work.train.batch_size))
 
     def read(folder: Path, *, gold_only: bool) -> Rows:
         return read_rows(
@@ -132,173 +132,318 @@ def _start(context: Context, work: Work) -> _Worker:
             tokenizer,
             work.student.max_length,
             work.label_names,
-            share=Share(context.rank, context.world_size),
+            share=share,
             gold_only=gold_only,
         )
 
     rows = read(work.labels, gold_only=False)
+    apart = stopping.held_out(rows.keys, work.train.stopping.held_out_fraction, work.seed)
+    held_out, rows = (
+        (rows.subset(apart), rows.subset(~apart))
+        if apart.any()
+        else (
+            rows.subset(apart),
+            rows,
+        )
+    )
     if not all_reduce(np.array([float(len(rows))]))[0]:
         raise StudentError(f"{work.labels}: no labelled row to train on; run python jobs/label.py")
+    validation = None if work.validation is None else read(work.validation, gold_only=True)
+    most = work.train.stopping.gold_rows
+    if validation is not None and most is not None:
+        validation = validation.subset(
+            stopping.first_rows(validation.keys, most, all_reduce=all_reduce)
+        )
+    model = load_encoder(work.student, work.label_names, seed=work.seed)
+    engine = start_engine(
+        model, work.train, work.expert, world_size=context.world_size, device=context.device
+    )
+    decay = work.train.average_decay
     return _Worker(
         context=context,
         work=work,
         tokenizer=tokenizer,
-        engine=_engine(context, work),
+        engine=engine,
+        average=Average(engine.module, decay) if decay else None,
         all_reduce=all_reduce,
         rows=rows,
-        validation=None if work.validation is None else read(work.validation, gold_only=True),
+        held_out=held_out.subset(stopping.surest_half(held_out, all_reduce=all_reduce)),
+        validation=validation,
     )
 
 
-def _engine(context: Context, work: Work) -> Any:
-    if context.device.type == "cpu":
-        # Read by DeepSpeed's first import, hence not before this.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    import deepspeed.ops
-
-    # The shared-memory kernel serves inference alone, yet every worker of every run would compile
-    # it with g++. Asking which kernels are compatible compiles probes; nothing asks again once
-    # the module has an answer.
-    deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.utils.logger.setLevel("WARNING")
-    model = load_encoder(work.student, work.label_names, seed=work.seed)
-    train = work.train
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=list(model.parameters()),
-        dist_init_required=False,
-        config={
-            "train_micro_batch_size_per_gpu": max(1, train.batch_size // context.world_size),
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": train.max_grad_norm,
-            "zero_optimization": {"stage": train.zero_stage},
-            "bf16": {"enabled": train.bf16},
-            "optimizer": {
-                "type": "AdamW",
-                "params": {
-                    "lr": train.learning_rate,
-                    "weight_decay": train.weight_decay,
-                    # torch's own fused AdamW: 3x faster here than its unfused one, and nothing
-                    # to compile.
-                    "torch_adam": True,
-                    "fused": True,
-                },
-            },
-        },
-    )
-    return engine
+def _is_over(train: TrainSection, progress: Progress) -> bool:
+    if stopping.should_stop(progress.epochs, train.stopping.patience):
+        return True
+    if train.steps is not None:
+        return progress.steps >= train.steps
+    return progress.epoch >= train.epochs
 
 
-def _run_epoch(worker: _Worker, epoch: int, progress: Progress, used: Bools) -> Progress:
-    """Go through one epoch and return the progress after it; marks the rows used."""
+def _run_epoch(worker: _Worker, progress: Progress, memory: RowMemory) -> Progress:
+    """Go through one epoch, or what is left of it, and return the progress after it."""
     work, rows, all_reduce = worker.work, worker.rows, worker.all_reduce
-    started = time.perf_counter()
-    unsure = uncertainty(_score(worker, rows)) if needs_student(work.selection) else None
-    scored = time.perf_counter()
+    epoch, clock = progress.epoch + 1, [time.perf_counter()]
+    if not progress.cursor and not work.stepwise:
+        if needs_student(work.selection, epoch):
+            _ask_student(worker, epoch, memory)
+        clock.append(time.perf_counter())
+        progress = _choose(worker, progress, memory)
+    clock.append(time.perf_counter())
+    chosen = np.arange(len(rows)) if work.stepwise else np.flatnonzero(memory.keep)
+    total, kept = all_reduce(np.array([len(rows), len(chosen)], dtype=np.float64)).astype(int)
+    num_steps = int(-(-kept // work.train.batch_size))
+    plan = plan_epoch(
+        rows.keys[chosen],
+        rows.lower[chosen],
+        rows.tokens.lengths[chosen],
+        lanes=lanes_for(work.train.batch_size),
+        num_steps=num_steps,
+        seed=work.seed,
+        epoch=epoch,
+    )
+    if work.train.steps is not None:
+        if not num_steps:
+            raise StudentError(
+                f"epoch {epoch}: the rule {work.selection.rule} keeps no row, so train.steps = "
+                f"{work.train.steps} cannot be reached; loosen the rule, or give train.epochs"
+            )
+        plan = plan[: work.train.steps - progress.steps]
+    progress, row_steps, loss = _take_steps(worker, progress, memory, [chosen[at] for at in plan])
+    if work.stepwise:
+        kept = int(all_reduce(np.array([float(memory.keep.sum())]))[0])
+    distinct = int(all_reduce(np.array([float(memory.used.sum())]))[0])
+    clock.append(time.perf_counter())
+    epoch_row = {
+        "epoch": epoch,
+        "kept": int(kept),
+        "rows": int(total),
+        "distinct_rows": distinct,
+        "steps": progress.steps + len(plan),
+        "loss": loss,
+        **_validate(worker),
+        "scoring_s": clock[1] - clock[0],
+        "selection_s": clock[-2] - clock[1],
+        "training_s": clock[-1] - clock[-2],
+    }
+    return progress.after_epoch(steps=len(plan), row_steps=row_steps, epoch_row=epoch_row)
+
+
+def _ask_student(worker: _Worker, epoch: int, memory: RowMemory) -> None:
+    """Score the rows whose turn it is, and those never scored."""
+    train = worker.work.train
+    turn, waiting = divmod(epoch - 1, train.scoring_every)
+    stale = np.isnan(memory.student[:, 0])
+    if not waiting:
+        parts = np.uint64(train.scoring_parts)
+        stale |= worker.rows.keys % parts == turn % train.scoring_parts
+    positions = np.flatnonzero(stale)
+    memory.student[positions] = _score(worker, worker.rows, positions)
+
+
+def _choose(worker: _Worker, progress: Progress, memory: RowMemory) -> Progress:
+    """Select the epoch's rows, into the memory, and return the progress with their audit."""
+    work, epoch = worker.work, progress.epoch + 1
+    asked = needs_student(work.selection, epoch)
+    signals = _signals(worker.rows, memory.student if asked else None)
+    selection = _select(worker, signals, progress, epoch)
+    memory.keep, memory.weight, memory.target = selection.keep, selection.weight, selection.target
+    memory.used |= selection.keep
+    return _audited(worker, progress, signals, selection, memory.used)
+
+
+def _select(worker: _Worker, signals: Signals, progress: Progress, epoch: int) -> Selection:
+    work, all_reduce = worker.work, worker.all_reduce
     selection = select(
         work.selection,
         progress.selection,
-        rows.label,
-        rows.confidence,
-        unsure,
+        signals,
+        seed=work.seed,
+        epoch=epoch,
         all_reduce=all_reduce,
     )
-    audit = audit_classes(
-        epoch, work.label_names, rows, unsure, selection=selection, all_reduce=all_reduce
+    if not work.train.class_balanced:
+        return selection
+    return balanced(selection, len(work.label_names), all_reduce=all_reduce)
+
+
+def _audited(
+    worker: _Worker, progress: Progress, signals: Signals, selection: Selection, used: Bools
+) -> Progress:
+    context, work, epoch = worker.context, worker.work, progress.epoch + 1
+    if context.signals is not None:
+        part = f"epoch-{epoch:04d}-{context.rank:05d}-of-{context.world_size:05d}.parquet"
+        write_signals(context.signals / part, worker.rows, signals, selection)
+    rows = audit_classes(
+        epoch, work.label_names, signals, selection, used, all_reduce=worker.all_reduce
     )
-    used |= selection.keep
-    distinct_rows = int(all_reduce(np.array([float(used.sum())]))[0])
-    total = sum(row["rows"] for row in audit)
-    kept = sum(row["kept"] for row in audit)
-    selected = time.perf_counter()
-    num_steps = -(-kept // work.train.batch_size)
-    loss = _train_epoch(worker, epoch, selection, num_steps)
-    trained = time.perf_counter()
-    scores = _validate(worker)
-    return progress.after_epoch(
-        steps=num_steps,
-        row_steps=kept,
-        selection=selection.state,
-        audit=audit,
-        epoch_row={
-            "epoch": epoch,
-            "kept": kept,
-            "rows": total,
-            "distinct_rows": distinct_rows,
-            "steps": progress.steps + num_steps,
-            "loss": loss,
-            "validation_accuracy": None if scores is None else scores[0],
-            "validation_macro_f1": None if scores is None else scores[1],
-            "scoring_s": scored - started if unsure is not None else 0.0,
-            "selection_s": selected - scored,
-            "training_s": trained - selected,
-        },
+    return replace(progress, selection=selection.state, audit=(*progress.audit, *rows))
+
+
+def _take_steps(
+    worker: _Worker, progress: Progress, memory: RowMemory, plan: list[Ints]
+) -> tuple[Progress, int, float | None]:
+    """Take the steps of an epoch that are left.
+
+    Returns:
+        The progress, the rows trained on in the whole epoch, and their weighted mean loss.
+    """
+    work, all_reduce = worker.work, worker.all_reduce
+    if work.stepwise:
+        return _choose_and_take_steps(worker, progress, memory, plan)
+    weights = [memory.weight[chosen].sum() for chosen in plan]
+    sums = all_reduce(np.array([weights, [len(chosen) for chosen in plan]], dtype=np.float64))
+    stepper = _stepper(worker, progress, len(plan))
+    for at in range(progress.cursor, len(plan)):
+        chosen = plan[at]
+        stepper.take(chosen, memory.weight[chosen], memory.target[chosen], sums[0, at])
+        progress = _maybe_checkpoint(worker, stepper, progress, memory)
+    loss = stepper.loss_sum_of_all() / sums[0].sum() if sums[0].sum() else None
+    return progress, int(sums[1].sum()), loss
+
+
+def _choose_and_take_steps(
+    worker: _Worker, progress: Progress, memory: RowMemory, plan: list[Ints]
+) -> tuple[Progress, int, float | None]:
+    """Choose among each step's rows by what the student says of them now, and train on those."""
+    rows, epoch = worker.rows, progress.epoch + 1
+    stepper = _stepper(worker, progress, len(plan))
+    thresholds: dict[str, Floats] = {}
+    for at in range(progress.cursor, len(plan)):
+        batch = plan[at]
+        memory.student[batch] = _score(worker, rows, batch)
+        signals = _signals(rows, memory.student, batch)
+        selection = _select(worker, signals, progress, epoch)
+        progress = replace(progress, selection=selection.state)
+        thresholds = dict(selection.thresholds)
+        memory.keep[batch], memory.weight[batch] = selection.keep, selection.weight
+        memory.target[batch] = selection.target
+        memory.used[batch] |= selection.keep
+        weight, chosen = selection.weight[selection.keep], batch[selection.keep]
+        total = float(worker.all_reduce(np.array([weight.sum()]))[0])
+        stepper.take(chosen, weight, selection.target[selection.keep], total)
+        progress = _maybe_checkpoint(worker, stepper, progress, memory)
+    seen = np.concatenate([np.empty(0, dtype=np.int64), *plan])
+    kept, weight_sum = worker.all_reduce(
+        np.array([memory.keep[seen].sum(), memory.weight[seen].sum()], dtype=np.float64)
+    )
+    whole = Selection(memory.keep, memory.weight, memory.target, progress.selection, thresholds)
+    signals = _signals(rows, np.nan_to_num(memory.student, nan=1 / len(worker.work.label_names)))
+    progress = _audited(worker, progress, signals, whole, memory.used)
+    loss = stepper.loss_sum_of_all() / weight_sum if weight_sum else None
+    return progress, int(kept), loss
+
+
+def _stepper(worker: _Worker, progress: Progress, num_steps: int) -> Stepper:
+    train, epoch = worker.work.train, progress.epoch + 1
+
+    def rate(at: int) -> float:
+        if train.steps is not None:
+            return learning_rate(train, (progress.steps + at + 0.5) / train.steps)
+        return learning_rate(train, (epoch - 1 + (at + 0.5) / num_steps) / train.epochs)
+
+    return Stepper(
+        engine=worker.engine,
+        average=worker.average,
+        rows=worker.rows,
+        train=train,
+        pad_token_id=worker.tokenizer.pad_token_id,
+        device=worker.context.device,
+        world_size=worker.context.world_size,
+        all_reduce=worker.all_reduce,
+        seed=(worker.work.seed, epoch, worker.context.rank),
+        rate=rate,
+        at=progress.cursor,
+        loss_sum=progress.loss_sum if worker.context.rank == 0 else 0.0,
     )
 
 
-def _score(worker: _Worker, rows: Rows) -> Probabilities:
-    """Return the student's probabilities of this worker's rows, [N, C]."""
+def _maybe_checkpoint(
+    worker: _Worker, stepper: Stepper, progress: Progress, memory: RowMemory
+) -> Progress:
+    every = worker.work.train.checkpoint_steps
+    if every is None or stepper.at % every:
+        return progress
+    loss_sum = stepper.loss_sum_of_all()
+    # So that an unbroken run adds up the same numbers in the same order as one that goes on here.
+    stepper.loss_sum = loss_sum if worker.context.rank == 0 else 0.0
+    within = replace(progress, cursor=stepper.at, loss_sum=loss_sum)
+    _report(worker, within, memory, None)
+    return progress
+
+
+def _report(
+    worker: _Worker, progress: Progress, memory: RowMemory, row: dict[str, Any] | None
+) -> None:
+    epoch = progress.epoch if row is not None else progress.epoch + 1
+    name = f"epoch-{epoch:04d}" + ("" if row is not None else f"-step-{progress.cursor:06d}")
+    with tempfile.TemporaryDirectory(prefix="llkd_ray-") as folder:
+        checkpoint.save(
+            Path(folder),
+            worker.engine,
+            worker.tokenizer,
+            progress=progress,
+            rows=worker.rows,
+            memory=memory,
+            average=worker.average,
+            rank=worker.context.rank,
+        )
+        worker.context.report(row, Path(folder), name)
+
+
+def _validate(worker: _Worker) -> dict[str, float | None]:
+    """Return the scores of the epoch, None for those there are no rows for."""
+    work = worker.work
+
+    def against(rows: Rows | None, truth: Ints | None) -> tuple[float | None, float | None]:
+        if rows is None or truth is None:
+            return None, None
+        predicted = _score(worker, rows, np.arange(len(rows))).argmax(axis=1)
+        found = stopping.agreement(
+            truth, predicted, len(work.label_names), all_reduce=worker.all_reduce
+        )
+        return found or (None, None)
+
+    gold = worker.validation
+    accuracy, macro_f1 = against(gold, None if gold is None else gold.gold)
+    held_out = worker.held_out if work.train.stopping.held_out_fraction else None
+    scores = {
+        "validation_accuracy": accuracy,
+        "validation_macro_f1": macro_f1,
+        "held_out_macro_f1": against(held_out, worker.held_out.label)[1],
+    }
+    by = stopping.criterion(work.train.stopping, has_gold=gold is not None)
+    return {**scores, stopping.SCORE: scores.get(by)}
+
+
+def _score(worker: _Worker, rows: Rows, positions: Ints) -> Probabilities:
+    """Return the student's probabilities of some rows, [positions, C]."""
     context, work = worker.context, worker.work
     needed = np.zeros(context.world_size)
-    needed[context.rank] = -(-len(rows) // work.train.scoring_batch_size)
-    return class_probabilities(
-        worker.engine,
-        rows.tokens,
-        batch_size=work.train.scoring_batch_size,
-        pad_token_id=worker.tokenizer.pad_token_id,
-        num_classes=len(work.label_names),
-        device=context.device,
-        num_batches=int(worker.all_reduce(needed).max()),
-    )
+    needed[context.rank] = -(-len(positions) // work.train.scoring_batch_size)
+    average = worker.average
+    with torch.no_grad(), average.in_place() if average else contextlib.nullcontext():
+        return class_probabilities(
+            worker.engine,
+            rows.tokens,
+            positions,
+            batch_size=work.train.scoring_batch_size,
+            pad_token_id=worker.tokenizer.pad_token_id,
+            num_classes=len(work.label_names),
+            device=context.device,
+            num_batches=int(worker.all_reduce(needed).max()),
+        )
 
 
-def _train_epoch(worker: _Worker, epoch: int, selection: Selection, num_steps: int) -> float | None:
-    """Train on the kept rows and return the weighted mean loss, None without a row to train on."""
-    work, rows, engine = worker.work, worker.rows, worker.engine
-    plan = plan_epoch(rows, np.flatnonzero(selection.keep), num_steps, seed=work.seed, epoch=epoch)
-    weight_sums = worker.all_reduce(
-        np.array([selection.weight[chosen].sum() for chosen in plan], dtype=np.float64)
-    )
-    engine.train()
-    loss_sum = 0.0
-    for step, (chosen, weight_sum) in enumerate(zip(plan, weight_sums, strict=True)):
-        rate = learning_rate(work.train, (epoch - 1 + (step + 0.5) / num_steps) / work.train.epochs)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
-        loss_sum += _take_step(worker, chosen, selection.weight[chosen], weight_sum)
-    total = float(worker.all_reduce(np.array([loss_sum]))[0])
-    return total / weight_sums.sum() if weight_sums.sum() else None
-
-
-def _take_step(worker: _Worker, chosen: Ints, weight: Floats, weight_sum: float) -> float:
-    """Take one optimizer step and return this worker's sum of w CE."""
-    device = worker.context.device
-    inputs = pad(worker.rows.tokens, chosen, worker.tokenizer.pad_token_id, device)
-    logits = worker.engine(**inputs).logits.float()
-    if len(chosen):
-        labels = torch.from_numpy(worker.rows.label[chosen]).to(device)
-        weights = torch.from_numpy(weight).to(device, torch.float32)
-        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        weighted = (weights * losses).sum()
-    else:
-        weighted = logits.sum() * 0.0
-    # DeepSpeed takes the mean of the workers' gradients; the loss of the step is their sum.
-    scale = worker.context.world_size / weight_sum if weight_sum else 0.0
-    worker.engine.backward(weighted * scale)
-    worker.engine.step()
-    return float(weighted.detach())
-
-
-def _validate(worker: _Worker) -> tuple[float, float] | None:
-    if worker.validation is None:
-        return None
-    predicted = _score(worker, worker.validation).argmax(axis=1)
-    return score_validation(
-        worker.validation.gold,
-        predicted,
-        len(worker.work.label_names),
-        all_reduce=worker.all_reduce,
+def _signals(
+    rows: Rows, student: Probabilities | None, positions: Ints | slice = slice(None)
+) -> Signals:
+    return Signals(
+        keys=rows.keys[positions],
+        label=rows.label[positions],
+        gold=rows.gold[positions],
+        teacher=rows.teacher[positions],
+        student=None if student is None else student[positions],
     )
 
 
@@ -313,7 +458,3 @@ def _all_reduce() -> AllReduce:
         return summed
 
     return all_reduce
-
-
-def _seed_of(seed: int, epoch: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])

@@ -25,7 +25,8 @@ from llkd_ray.metrics import (
     expected_calibration_error,
     macro_f1,
 )
-from llkd_ray.student.evaluate import Probabilities, predict
+from llkd_ray.selection import Probabilities
+from llkd_ray.student.evaluate import predict
 
 TEACHER, UNCALIBRATED = "teacher", "teacher_uncalibrated"
 _READ_ROWS = 4096

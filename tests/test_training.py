@@ -1,0 +1,173 @@
+"""The training loop in real processes: any number of workers, any kill, the same result."""
+
+import numpy as np
+import pytest
+from training_workers import changed, kept_rows, run_workers, signals_of, without_seconds
+
+from llkd_ray.config import (
+    AllRule,
+    ConfidentLearningRule,
+    FlexMatchRule,
+    FreeMatchRule,
+    GoldRule,
+    JointRule,
+    LLKDRule,
+    RandomRule,
+    TopFractionRule,
+    TrainSection,
+)
+from llkd_ray.student.step import learning_rate
+
+
+def test_the_learning_rate_rises_then_falls_to_zero():
+    section = TrainSection(learning_rate=1.0, warmup_fraction=0.2)
+    rates = [learning_rate(section, done) for done in (0.0, 0.1, 0.2, 0.6, 1.0)]
+    assert rates == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+def numbers(row):
+    return {key: value or 0.0 for key, value in row.items() if key != "label"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rule",
+    [LLKDRule(), LLKDRule(cadence="step", student_decay=0.9), JointRule()],
+    ids=["llkd", "llkd-step", "joint"],
+)
+def test_one_two_and_four_workers_keep_the_same_rows(tmp_path, work, rule):
+    work = changed(work, rule=rule, epochs=3, num_workers=4, class_balanced=True)
+    one = run_workers(tmp_path / "1", work, 1)
+    assert {len(kept_rows(tmp_path / "1", epoch)) for epoch in (1, 2, 3)} - {0, 120}
+    for workers in (2, 4):
+        out = tmp_path / str(workers)
+        many = run_workers(out, work, workers)
+        for epoch in (1, 2, 3):
+            assert kept_rows(out, epoch) == kept_rows(tmp_path / "1", epoch)
+        # Sums of gradients and padding differ in the last digits of a float32.
+        for mine, theirs in zip(one.audit, many.audit, strict=True):
+            assert numbers(mine) == pytest.approx(numbers(theirs), rel=1e-3)
+        for mine, theirs in zip(one.epochs, many.epochs, strict=True):
+            assert mine["kept"] == theirs["kept"]
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_every_zero_stage_takes_the_same_steps(tmp_path, work, stage):
+    one = run_workers(tmp_path / "one", changed(work, zero_stage=1), 1)
+    two = run_workers(tmp_path / "two", changed(work, zero_stage=stage), 2)
+    assert kept_rows(tmp_path / "one", 2) == kept_rows(tmp_path / "two", 2)
+    assert [row["loss"] for row in one.epochs] == pytest.approx(
+        [row["loss"] for row in two.epochs], rel=1e-3
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("killed_at", "settings"),
+    [
+        ("epoch-0001", {}),
+        ("epoch-0002-step-000002", {"checkpoint_steps": 2}),
+        ("epoch-0002-step-000002", {"checkpoint_steps": 2, "average_decay": 0.9}),
+        ("epoch-0001-step-000004", {"checkpoint_steps": 4, "rule": LLKDRule(cadence="step")}),
+        ("epoch-0002", {"scoring_every": 2, "scoring_parts": 2}),
+    ],
+    ids=["epoch", "step", "average", "stepwise", "rotating"],
+)
+def test_a_run_killed_anywhere_goes_on_as_if_unbroken(tmp_path, work, killed_at, settings):
+    work = changed(work, epochs=3, dropout=0.2, **settings)
+    unbroken = run_workers(tmp_path / "unbroken", work, 2)
+    broken = tmp_path / "broken"
+    run_workers(broken, work, 2, killed_at=killed_at)
+    resumed = run_workers(broken, work, 2, restored=broken / killed_at)
+    # The same numbers in the same order: not a tolerance, the same bits.
+    assert resumed.audit == unbroken.audit
+    assert without_seconds(resumed.epochs) == without_seconds(unbroken.epochs)
+    assert resumed.selection == unbroken.selection
+    for epoch in (1, 2, 3):
+        assert signals_of(broken, epoch) == signals_of(tmp_path / "unbroken", epoch)
+    weights = "epoch-0003/student/model.safetensors"
+    assert (broken / weights).read_bytes() == (tmp_path / "unbroken" / weights).read_bytes()
+
+
+@pytest.mark.slow
+def test_another_number_of_workers_can_go_on(tmp_path, work):
+    work = changed(work, epochs=3, num_workers=(1, 2))
+    unbroken = run_workers(tmp_path / "two", work, 2)
+    run_workers(tmp_path / "one", work, 2, killed_at="epoch-0001")
+    resumed = run_workers(tmp_path / "one", work, 1, restored=tmp_path / "one/epoch-0001")
+    assert [row["kept"] for row in resumed.epochs] == [row["kept"] for row in unbroken.epochs]
+    assert [row["distinct_rows"] for row in resumed.epochs] == [
+        row["distinct_rows"] for row in unbroken.epochs
+    ]
+    assert [row["loss"] for row in resumed.epochs] == pytest.approx(
+        [row["loss"] for row in unbroken.epochs], rel=1e-3
+    )
+
+
+@pytest.mark.slow
+def test_rule_all_keeps_every_row_every_epoch_and_never_scores(tmp_path, work):
+    from dataclasses import replace
+
+    progress = run_workers(tmp_path, replace(changed(work, rule=AllRule()), validation=None), 2)
+    assert progress.steps == 2 * -(-120 // 16)
+    assert progress.row_steps == 2 * 120
+    assert progress.epochs[-1]["distinct_rows"] == 120
+    assert all(row["scoring_s"] < 0.01 for row in progress.epochs)
+    assert all(row["validation_macro_f1"] is None for row in progress.epochs)
+    assert all(row["score"] is None for row in progress.epochs)
+    for row in progress.audit:
+        assert row["uncertainty_kept"] is None
+        assert row["teacher_threshold"] is None
+        assert row["purity_kept"] == row["purity_all"]
+    assert progress.epochs[1]["loss"] < progress.epochs[0]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rule",
+    [RandomRule(fraction=0.5), TopFractionRule(), FreeMatchRule(), FlexMatchRule(),
+     ConfidentLearningRule(), GoldRule()],
+    ids=lambda rule: rule.rule,
+)  # fmt: skip
+def test_every_rule_trains_for_the_steps_it_is_given(tmp_path, work, rule):
+    progress = run_workers(tmp_path, changed(work, rule=rule, steps=5, accumulation=2), 1)
+    assert progress.steps == 5
+    assert progress.epochs[-1]["steps"] == 5
+    assert all(np.isfinite(row["loss"]) for row in progress.epochs)
+    if rule.rule == "gold":
+        assert progress.epochs[0]["kept"] == 120
+
+
+@pytest.mark.slow
+def test_without_gold_the_teachers_surest_held_out_labels_choose_the_epoch(tmp_path, work):
+    from dataclasses import replace
+
+    stopping = {"held_out_fraction": 0.2, "patience": 1}
+    work = replace(changed(work, epochs=8, stopping=stopping), validation=None)
+    progress = run_workers(tmp_path, work, 2)
+    held_out = 120 - progress.epochs[0]["rows"]
+    assert 12 <= held_out <= 36
+    scores = [row["score"] for row in progress.epochs]
+    assert scores == [row["held_out_macro_f1"] for row in progress.epochs]
+    assert progress.epoch == 8 or max(scores[:-1]) >= scores[-1]
+
+
+@pytest.mark.slow
+def test_soft_targets_change_the_loss_and_train(tmp_path, work):
+    hard = run_workers(tmp_path / "hard", work, 1)
+    soft = run_workers(tmp_path / "soft", changed(work, soft_targets=0.5, temperature=2.0), 1)
+    assert soft.epochs[0]["loss"] != pytest.approx(hard.epochs[0]["loss"], rel=1e-3)
+    assert soft.epochs[1]["loss"] < soft.epochs[0]["loss"]
+
+
+def test_settings_that_do_not_fit_together_are_refused():
+    for settings, match in (
+        ({"num_workers": 9, "batch_size": 32}, "batch_size"),
+        ({"average_decay": 0.9, "zero_stage": 3}, "average_decay"),
+        ({"offload": "all", "zero_stage": 2}, "offload"),
+        ({"num_workers": (3, 2)}, "fewest"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            TrainSection.model_validate(settings)
