@@ -118,6 +118,23 @@ class Lineage:
             "labels", "label", as_tree(self.experiment.calibration), self.corpus, self.readouts
         )
 
+    @cached_property
+    def comparison(self) -> Artifact:
+        """Many ways of training, side by side on the gold test rows."""
+        experiment = self.experiment
+        of_student = self.student().settings
+        return self._artifact(
+            "comparison",
+            "compare",
+            {
+                **of_student,
+                "compare": as_tree(experiment.compare),
+                "evaluate": _only(experiment.evaluate, "bootstrap_resamples"),
+            },
+            self.corpus,
+            self.labels,
+        )
+
     def student(self, rule: str | None = None) -> Artifact:
         """Name the student trained with a rule, the experiment's own when not given."""
         experiment = self.experiment

@@ -93,7 +93,7 @@ def test_a_run_killed_anywhere_goes_on_as_if_unbroken(tmp_path, work, killed_at,
 
 @pytest.mark.slow
 def test_another_number_of_workers_can_go_on(tmp_path, work):
-    work = changed(work, epochs=3, num_workers=(1, 2))
+    work = changed(work, epochs=3, num_workers=(1, 2), zero_stage=0)
     unbroken = run_workers(tmp_path / "two", work, 2)
     run_workers(tmp_path / "one", work, 2, killed_at="epoch-0001")
     resumed = run_workers(tmp_path / "one", work, 1, restored=tmp_path / "one/epoch-0001")
@@ -167,7 +167,8 @@ def test_settings_that_do_not_fit_together_are_refused():
         ({"num_workers": 9, "batch_size": 32}, "batch_size"),
         ({"average_decay": 0.9, "zero_stage": 3}, "average_decay"),
         ({"offload": "all", "zero_stage": 2}, "offload"),
-        ({"num_workers": (3, 2)}, "fewest"),
+        ({"num_workers": (3, 2), "zero_stage": 0}, "fewest"),
+        ({"num_workers": (1, 2)}, "zero_stage = 0"),
     ):
         with pytest.raises(ValueError, match=match):
             TrainSection.model_validate(settings)

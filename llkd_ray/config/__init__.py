@@ -1,7 +1,8 @@
 """The experiment file: every setting, typed and documented, one module per stage."""
 
+from llkd_ray.config.compare import CompareSection
 from llkd_ray.config.endpoint import BenchSection, RaySection, ServeSection
-from llkd_ray.config.experiment import Experiment, load_experiment
+from llkd_ray.config.experiment import Experiment, load_experiment, with_overrides
 from llkd_ray.config.section import as_tree
 from llkd_ray.config.selection import (
     AllRule,
@@ -43,6 +44,7 @@ __all__ = [
     "AllRule",
     "BenchSection",
     "CalibrationSection",
+    "CompareSection",
     "ConfidentLearningRule",
     "CorpusSection",
     "EngineSection",
@@ -76,4 +78,5 @@ __all__ = [
     "as_tree",
     "load_experiment",
     "rule_named",
+    "with_overrides",
 ]

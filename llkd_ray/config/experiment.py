@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 
+from llkd_ray.config.compare import CompareSection
 from llkd_ray.config.endpoint import BenchSection, RaySection, ServeSection
 from llkd_ray.config.section import Name, Section, Text
 from llkd_ray.config.selection import RULES, LLKDRule, SelectionSection
@@ -56,6 +57,7 @@ class Experiment(Section):
     student: StudentSection = StudentSection()
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
+    compare: CompareSection = CompareSection()
     serve: ServeSection = ServeSection()
     bench: BenchSection = BenchSection()
     ray: RaySection = RaySection()
@@ -84,6 +86,19 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         raise ConfigError(f"{file}: this is a folder, not an experiment file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
+    return _experiment(str(file), tree, overrides)
+
+
+def with_overrides(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
+    """Return the experiment with overrides applied, as `load_experiment` does.
+
+    Raises:
+        ConfigError: A key is unknown, a value does not fit.
+    """
+    return _experiment(experiment.name, experiment.model_dump(mode="json"), overrides)
+
+
+def _experiment(where: str, tree: dict[str, Any], overrides: Sequence[str]) -> Experiment:
     for override in overrides:
         _apply(tree, override)
     for section, (chooser, _, default) in _KINDS.items():
@@ -92,7 +107,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{file}: {_explain(error)}") from None
+        raise ConfigError(f"{where}: {_explain(error)}") from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -45,7 +45,8 @@ class TrainSection(Section):
     """The distillation job."""
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 2
-    """Training workers, or [fewest, most]: as many of them as the cluster has room for."""
+    """Training workers, or [fewest, most]: as many of them as the cluster has room for, also after
+    the loss of a node; with zero_stage 0."""
     use_gpu: bool = False
     cpus_per_worker: PositiveFloat = 1.0
     threads_per_worker: PositiveInt = 1
@@ -113,8 +114,11 @@ class TrainSection(Section):
             raise ValueError("average_decay needs whole weights: choose a zero_stage below 3")
         if self.offload != "none" and self.zero_stage < {"optimizer": 1, "all": 3}[self.offload]:
             raise ValueError(f"offload = {self.offload!r} needs a higher zero_stage")
-        if isinstance(self.num_workers, tuple) and self.zero_stage == 3:
-            raise ValueError("zero_stage 3 needs a fixed number of workers")
+        if isinstance(self.num_workers, tuple) and self.zero_stage:
+            raise ValueError(
+                "num_workers = [fewest, most] needs zero_stage = 0: DeepSpeed cannot hand an "
+                "optimizer in parts to another number of workers"
+            )
         return self
 
 

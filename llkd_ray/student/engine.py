@@ -61,9 +61,6 @@ def deepspeed_settings(
         expert: Further settings, laid over what follows from `train`.
     """
     zero: dict[str, Any] = {"stage": train.zero_stage}
-    if train.zero_stage in {1, 2}:
-        # A run may go on with another number of workers than it began with.
-        zero["elastic_checkpoint"] = True
     if train.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if train.offload == "all":

@@ -102,8 +102,8 @@ class _Worker:
     """With gold."""
 
 
-def train_worker(context: Context, work: Work) -> None:
-    """Train from the restored checkpoint, or the beginning, to the end.
+def train_worker(context: Context, work: Work) -> Progress:
+    """Train from the restored checkpoint, or the beginning, to the end, and return the progress.
 
     Raises:
         StudentError: The student cannot be loaded, or there is not one row to train on.
@@ -119,6 +119,7 @@ def train_worker(context: Context, work: Work) -> None:
     while not _is_over(work.train, progress):
         progress = _run_epoch(worker, progress, memory)
         _report(worker, progress, memory, progress.epochs[-1])
+    return progress
 
 
 def _start(context: Context, work: Work) -> _Worker:

@@ -95,7 +95,7 @@ def train(
         validation=validation.resolve() if has_gold else None,
         label_names=label_names,
         selection=selection,
-        student=_found_from_anywhere(student),
+        student=found_from_anywhere(student),
         train=section,
         expert=read_expert_settings(section),
         seed=seed,
@@ -131,7 +131,7 @@ def train(
     )
 
 
-def _found_from_anywhere(student: StudentSection) -> StudentSection:
+def found_from_anywhere(student: StudentSection) -> StudentSection:
     """Make the folder of a model absolute: Ray Train's workers run in folders of their own."""
     if student.model in embedded.STUDENTS:
         return student
