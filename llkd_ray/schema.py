@@ -90,6 +90,8 @@ AUDIT = pa.schema(
         pa.field("label", pa.string()),
         pa.field("rows", pa.int64()),  # with this label
         pa.field("kept", pa.int64()),
+        # That the student is uncertain of: at or above its threshold, or 0.5 where there is none.
+        pa.field("uncertain", pa.int64()),
         pa.field("used", pa.int64()),  # trained on in this or an earlier epoch
         pa.field("teacher_threshold", pa.float64()),  # null where the rule has none
         pa.field("student_threshold", pa.float64()),
@@ -99,8 +101,7 @@ AUDIT = pa.schema(
         pa.field("uncertainty_kept", pa.float64()),
         pa.field("uncertainty_dropped", pa.float64()),
         pa.field("purity_kept", pa.float64()),  # share of labels equal to gold; null without gold
-        # The same of the rows that the student is uncertain of: at or above its threshold, or 0.5.
-        pa.field("purity_uncertain", pa.float64()),
+        pa.field("purity_uncertain", pa.float64()),  # of the uncertain rows, kept or not
         pa.field("purity_all", pa.float64()),
     ]
 )

@@ -4,6 +4,7 @@ Shape legend: N gold test rows, E epochs.
 """
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ def run_trial(work: Work, test: Path, out: Path) -> None:
         out: Path of both files, without their ending.
     """
     if not dist.is_initialized():
+        # DeepSpeed looks for what a launcher would say.
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     started = time.perf_counter()
     epochs: list[dict[str, Any]] = []

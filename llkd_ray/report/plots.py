@@ -90,7 +90,7 @@ def kept(audit: pa.Table) -> Figure:
 
 @styled
 def purity(audit: pa.Table) -> Figure:
-    """Draw how often the labels of kept rows are right, against those of all rows.
+    """Draw how often labels are right: of kept rows, uncertain ones, and all.
 
     Args:
         audit: `schema.AUDIT`, of a corpus with gold.
@@ -100,12 +100,17 @@ def purity(audit: pa.Table) -> Figure:
     chosen = _by_class_and_epoch(audit, "kept", labels)
     of_kept = _by_class_and_epoch(audit, "purity_kept", labels)
     of_all = _by_class_and_epoch(audit, "purity_all", labels)
+    uncertain = _by_class_and_epoch(audit, "uncertain", labels)
+    of_uncertain = _by_class_and_epoch(audit, "purity_uncertain", labels)
     epochs = np.arange(1, rows.shape[1] + 1)
     shown = min(len(labels), _MOST_ROWS)
     figure = Figure(figsize=(6.4, 3.1 + 0.3 * shown), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(2.2, 0.6 + 0.3 * shown))
     above.plot(epochs, _mean(of_kept, chosen), color=STUDENT, marker="o", label="kept rows")
     above.plot(epochs, _mean(of_all, rows), color=TEACHER, marker="s", ls="--", label="all rows")
+    if np.isfinite(of_uncertain).any():
+        of_these = _mean(of_uncertain, uncertain)
+        above.plot(epochs, of_these, color=INK, marker="^", ls=":", label="student is uncertain")
     above.set_title("All classes, by epoch")
     above.set_xlabel("epoch")
     above.set_ylabel("labels that are right")

@@ -46,7 +46,6 @@ def audit_classes(
     asked = signals.student is not None
     unsure = signals.uncertainty if asked else np.zeros(len(signals))
     threshold = selection.thresholds.get("student")
-    # Where the rule has no such threshold, the student is uncertain above its class's middle.
     uncertain = (unsure >= (0.5 if threshold is None else threshold[signals.label])) & asked
     measures = {
         "rows": one,
@@ -56,6 +55,7 @@ def audit_classes(
         "confidence_kept": signals.confidence * kept,
         "uncertainty": unsure,
         "uncertainty_kept": unsure * kept,
+        "uncertain": uncertain.astype(np.float64),
         "known": known,
         "known_kept": known * kept,
         "known_uncertain": known * uncertain,
@@ -121,6 +121,7 @@ def _class_row(of: dict[str, float], *, asked: bool) -> dict[str, Any]:
     return {
         "rows": int(of["rows"]),
         "kept": int(of["kept"]),
+        "uncertain": int(of["uncertain"]) if asked else None,
         "used": int(of["used"]),
         "confidence_kept": _ratio(of["confidence_kept"], of["kept"]),
         "confidence_dropped": _ratio(of["confidence"] - of["confidence_kept"], dropped),

@@ -45,6 +45,9 @@ from llkd_ray.student.model import load_encoder, load_tokenizer, locate
 from llkd_ray.student.order import lanes_for, plan_epoch
 from llkd_ray.student.step import Stepper, learning_rate
 
+# Moving thresholds may lie above every row for a while, and come down again by themselves.
+_EMPTY_EPOCHS = 20
+
 
 @dataclass(frozen=True)
 class Context:
@@ -204,12 +207,14 @@ def _run_epoch(worker: _Worker, progress: Progress, memory: RowMemory) -> Progre
         epoch=epoch,
     )
     if work.train.steps is not None:
-        if not num_steps:
-            raise StudentError(
-                f"epoch {epoch}: the rule {work.selection.rule} keeps no row, so train.steps = "
-                f"{work.train.steps} cannot be reached; loosen the rule, or give train.epochs"
-            )
         plan = plan[: work.train.steps - progress.steps]
+        lately = [row["kept"] for row in progress.epochs[1 - _EMPTY_EPOCHS :]]
+        if not kept and len(lately) == _EMPTY_EPOCHS - 1 and not any(lately):
+            raise StudentError(
+                f"epoch {epoch}: the rule {work.selection.rule} keeps no row any more, so "
+                f"train.steps = {work.train.steps} cannot be reached; loosen the rule, or give "
+                "train.epochs"
+            )
     progress, row_steps, loss = _take_steps(worker, progress, memory, [chosen[at] for at in plan])
     if work.stepwise:
         kept = int(all_reduce(np.array([float(memory.keep.sum())]))[0])
