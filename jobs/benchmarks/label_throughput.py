@@ -274,7 +274,7 @@ def main() -> int:
     if arguments.bare:
         serve_bare()
         return 0
-    rows, default_rows, rounds = (640, 64, 1) if arguments.quick else (1920, 256, 3)
+    rows, default_rows, rounds = (960, 24, 1) if arguments.quick else (1920, 256, 3)
     return figures.run(lambda: measure(rows, default_rows, rounds))
 
 
