@@ -39,6 +39,7 @@ def test_a_trained_student_is_a_plain_pipeline(tmp_path, folders, ray_local):  #
         "audit.parquet",
         "epochs.parquet",
         "model",
+        "signals",
     ]
     assert not list((tmp_path / "model").glob("*.bin"))
     audit, epochs = (
@@ -124,7 +125,7 @@ def test_training_goes_on_after_the_driver_was_killed(tmp_path, folders, small_e
 from pathlib import Path
 from llkd_ray.cluster import ray_session
 from llkd_ray.config import RaySection
-from test_student import train_small
+from test_train_on_ray import train_small
 with ray_session(RaySection(num_cpus=2)):
     train_small(Path({str(folders[0])!r}), Path({str(folders[1])!r}), Path({str(tmp_path)!r}),
                 Path({str(small_encoder)!r}))
