@@ -114,6 +114,7 @@ EPOCHS = pa.schema(
         pa.field("rows", pa.int64()),
         pa.field("distinct_rows", pa.int64()),  # trained on in this or an earlier epoch
         pa.field("steps", pa.int64()),  # optimizer steps since the start
+        pa.field("row_steps", pa.int64()),  # rows trained on since the start, once per epoch
         pa.field("loss", pa.float64()),  # weighted mean over the epoch
         pa.field("validation_accuracy", pa.float64()),  # null without gold
         pa.field("validation_macro_f1", pa.float64()),

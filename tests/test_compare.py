@@ -24,6 +24,7 @@ def trial(*errors, validation=None, held_out=None, kept=30):
             "kept": kept,
             "rows": 100,
             "steps": 4 * (at + 1),
+            "row_steps": kept * (at + 1),
             "validation_macro_f1": validation and validation[at],
             "held_out_macro_f1": held_out and held_out[at],
         }

@@ -29,7 +29,7 @@ def curves(
     for position, (name, of_seeds) in enumerate(trials.items()):
         color, marker = f"C{position % 10}", "os^Dv"[position % 5]
         epochs = min(len(trial.epochs) for trial in of_seeds)
-        rows = np.array([np.cumsum(trial.kept)[:epochs] for trial in of_seeds])
+        rows = np.array([[row["row_steps"] for row in trial.epochs[:epochs]] for trial in of_seeds])
         scores = np.array(
             [
                 [macro_f1(gold, of, num_classes) for of in trial.predicted[:epochs]]

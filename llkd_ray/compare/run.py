@@ -73,7 +73,7 @@ def compare(experiment: Experiment, labels: Path, corpus: Path, out: Path) -> Co
         _log.info(
             "compare: %s, seed %d: %d epochs, %d row-steps, %.0f s; last epoch on test: "
             "accuracy %.3f, macro-F1 %.3f",
-            *(name, seed, len(trial.epochs), sum(trial.kept), trial.seconds),
+            *(name, seed, len(trial.epochs), trial.epochs[-1]["row_steps"], trial.seconds),
             *(accuracy(gold, last), macro_f1(gold, last, len(names))),
         )
     done = {

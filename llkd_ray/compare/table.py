@@ -134,7 +134,7 @@ def _line(
     accuracies = [accuracy(gold, of) for of in answers]
     f1 = [macro_f1(gold, of, num_classes) for of in answers]
     best = [max(macro_f1(gold, of, num_classes) for of in trial.predicted) for trial in trials]
-    row_steps = [sum(trial.kept) for trial in trials]
+    row_steps = [trial.epochs[-1]["row_steps"] for trial in trials]
     all_rows = [sum(row["rows"] for row in trial.epochs) for trial in trials]
     return Line(
         variant=what[0],

@@ -226,6 +226,7 @@ def _run_epoch(worker: _Worker, progress: Progress, memory: RowMemory) -> Progre
         "rows": int(total),
         "distinct_rows": distinct,
         "steps": progress.steps + len(plan),
+        "row_steps": progress.row_steps + row_steps,
         "loss": loss,
         **_validate(worker),
         "scoring_s": clock[1] - clock[0],
