@@ -40,7 +40,8 @@ def read_expert_settings(train: TrainSection) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"train.deepspeed = {file!r}: this must be a JSON object of settings")
     ours = [key for key in _OURS if key in tree]
-    if "stage" in tree.get("zero_optimization", {}):
+    zero = tree.get("zero_optimization", {})
+    if not isinstance(zero, dict) or "stage" in zero:
         ours.append("zero_optimization.stage")
     if ours:
         raise ConfigError(
