@@ -109,3 +109,13 @@ def weights(out):
 
     tensors = load_file(out / "epoch-0002/student/model.safetensors")
     return tensors["bert.encoder.layer.0.intermediate.dense.weight"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "offload"), [(1, "optimizer"), (3, "all")])
+def test_offloading_takes_the_same_steps(tmp_path, work, stage, offload):
+    plain = run_workers(tmp_path / "plain", work, 1)
+    moved = run_workers(tmp_path / "moved", changed(work, zero_stage=stage, offload=offload), 1)
+    assert [row["loss"] for row in moved.epochs] == pytest.approx(
+        [row["loss"] for row in plain.epochs], rel=1e-3
+    )

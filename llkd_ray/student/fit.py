@@ -25,6 +25,7 @@ from ray.train.v2.api.config import (
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -56,7 +57,9 @@ def fit(work: Work, out: Path) -> tuple[Path, Path]:
     few = section.num_workers if isinstance(section.num_workers, int) else section.num_workers[0]
     resources = {"CPU": section.cpus_per_worker, **({"GPU": 1.0} if section.use_gpu else {})}
     _warn_of_no_room(few, resources)
-    queue = Queue(actor_options={"num_cpus": 0})
+    # With the driver, as Ray Train's controller: no other node's loss takes them away.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     trainer = TorchTrainer(
         _train_on_ray,
         train_loop_config={
