@@ -23,8 +23,8 @@ def compare(experiment: Experiment) -> None:
     from llkd_ray.compare.page import as_text
     from llkd_ray.compare.run import compare as run
 
-    with make(artifact, resume=True) as draft, ray_session(experiment.ray):
-        compared = run(experiment, lineage.labels.path, lineage.corpus.path, draft.folder)
+    with make(artifact) as draft, ray_session(experiment.ray):
+        compared = run(lineage, draft.folder)
         table = as_text(compared.lines, compared.teacher)
         write_text(draft.folder / "table.txt", table)
         draft.rows = Rows(taken=compared.test_rows, kept=compared.test_rows, rejected=0)

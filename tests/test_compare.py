@@ -1,17 +1,20 @@
 """Many ways of training, side by side on the same labels."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from conftest import QUICKSTART
 
+from llkd_ray.artifacts import Rows, make
 from llkd_ray.compare.page import as_text
 from llkd_ray.compare.table import tabulate
 from llkd_ray.compare.trial import Trial
 from llkd_ray.compare.variants import variants_of
 from llkd_ray.config import load_experiment
 from llkd_ray.errors import ConfigError
+from llkd_ray.lineage import Lineage
 from llkd_ray.metrics import macro_f1
 
 GOLD = np.arange(300) % 3
@@ -122,36 +125,45 @@ def test_trials_are_run_once_and_random_keeps_as_many_rows_as_llkd(
 ):
     from llkd_ray.compare.run import compare
 
-    labels, corpus = folders
-    experiment = load_experiment(
-        QUICKSTART,
-        [
+    def lineage(*more):
+        settings = [
+            f"runs={tmp_path}",
             f"student.model={small_encoder}",
             "student.max_length=64",
             "train.epochs=2",
             "train.stopping.held_out_fraction=0.1",
             'compare.variants={soft=["train.soft_targets=0.5"]}',
-            "compare.seeds=[0, 1]",
+            "compare.seeds=[0]",
             "evaluate.bootstrap_resamples=50",
-        ],
-    )
-    first = compare(experiment, labels, corpus, tmp_path)
+        ]
+        return Lineage(load_experiment(QUICKSTART, [*settings, *more]))
+
+    one = lineage()
+    for artifact, content in zip((one.labels, one.corpus), folders, strict=True):
+        with make(artifact) as draft:
+            shutil.copytree(content, draft.folder, dirs_exist_ok=True)
+            draft.rows = Rows(taken=1, kept=1, rejected=0)
+    first = compare(one, out_of(tmp_path, "one"))
     assert first.test_rows == 60
     assert len(first.lines) == 3 * 4
-    trials = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("trials/*.json")}
-    assert len(trials) == 8
-    for seed in (0, 1):
-        kept = [
-            [row["kept"] for row in trials[f"{rule}-seed-{seed}"]["epochs"]]
-            for rule in ("llkd", "random")
-        ]
-        assert kept[0] == kept[1]
-    assert "<svg" in (tmp_path / "curves.svg").read_text()
+    trials = {path: path.stat().st_mtime_ns for path in one.run.glob("trials/*.json")}
+    assert len(trials) == 4
+    kept = [[row["kept"] for row in json.loads(path.read_text())["epochs"]] for path in trials]
+    # llkd and soft choose by students that differ; random keeps as many as llkd.
+    assert len({tuple(of) for of in kept}) < len(kept)
+    assert "<svg" in (tmp_path / "one/curves.svg").read_text()
 
-    (tmp_path / "trials/all-seed-1.json").unlink()
-    before = (tmp_path / "trials/llkd-seed-0.npz").stat().st_mtime_ns
-    again = compare(experiment, labels, corpus, tmp_path)
-    assert (tmp_path / "trials/llkd-seed-0.npz").stat().st_mtime_ns == before
-    assert (tmp_path / "trials/all-seed-1.json").is_file()
-    for one, two in zip(first.lines, again.lines, strict=True):
-        assert vars(one) | {"seconds": 0} == vars(two) | {"seconds": 0}
+    killed = next(iter(trials))
+    killed.unlink()
+    grown = compare(lineage("compare.seeds=[0, 1]"), out_of(tmp_path, "two"))
+    for path, made in trials.items():
+        assert (path.stat().st_mtime_ns == made) == (path != killed)
+    assert {line.seeds for line in grown.lines} == {2}
+    again = compare(one, out_of(tmp_path, "three"))
+    for ours, theirs in zip(first.lines, again.lines, strict=True):
+        assert vars(ours) | {"seconds": 0} == vars(theirs) | {"seconds": 0}
+
+
+def out_of(folder, name):
+    (folder / name).mkdir()
+    return folder / name

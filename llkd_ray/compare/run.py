@@ -9,12 +9,13 @@ from typing import Any
 
 import ray
 
-from llkd_ray.artifacts import write_text
+from llkd_ray.artifacts import fingerprint, write_text
 from llkd_ray.compare.plots import curves
 from llkd_ray.compare.table import Line, tabulate
 from llkd_ray.compare.trial import Trial, read_gold, read_trial, run_trial
 from llkd_ray.compare.variants import Variant, variants_of
-from llkd_ray.config import Experiment, RandomRule
+from llkd_ray.config import Experiment, RandomRule, rule_named
+from llkd_ray.lineage import Lineage
 from llkd_ray.metrics import accuracy, macro_f1
 from llkd_ray.student.engine import read_expert_settings
 from llkd_ray.student.loop import Work
@@ -37,38 +38,42 @@ class Compared:
     test_rows: int
 
 
-def compare(experiment: Experiment, labels: Path, corpus: Path, out: Path) -> Compared:
+def compare(lineage: Lineage, out: Path) -> Compared:
     """Train every variant with every seed, and set them side by side.
 
-    Needs a connection to Ray. Trials that an earlier call left in `out` are not run again.
+    Needs a connection to Ray. A trial is kept beside the artifacts, named by all that decides it:
+    one that an earlier comparison has made, even one that was killed, is not run again.
 
     Reads:
         labels/unlabeled, labels/test (schema.labels), corpus/validation (schema.TEXT).
 
     Writes:
-        out/trials/VARIANT-seed-SEED.{npz,json}, out/table.json, out/curves.svg.
+        runs/NAME/trials/FINGERPRINT.{npz,json}, out/table.json, out/curves.svg.
 
     Args:
-        experiment: With what to compare.
-        labels: Folder of the labels artifact.
-        corpus: Folder of the corpus artifact.
-        out: Folder of the comparison in the making; on more than one machine, shared.
+        lineage: Of an experiment whose corpus and labels are made; on more than one machine, in a
+            shared folder.
+        out: Folder of the comparison in the making.
 
     Raises:
-        ArtifactError: No labelled test row has gold.
+        ArtifactError: No labelled test row has gold, or a variant asks for labels never made.
         ConfigError: A variant's override does not fit.
         StudentError: The encoder of a variant cannot be loaded.
     """
-    names = experiment.task.label_names
-    test = (labels / "test").resolve()
+    experiment, names = lineage.experiment, lineage.experiment.task.label_names
+    test = (lineage.labels.path / "test").resolve()
     gold, of_teacher = read_gold(test, names)
     variants = variants_of(experiment)
     for variant in variants:
         check_student(variant.experiment.student)
-    folder = (out / _TRIALS).resolve()
-    folder.mkdir(exist_ok=True)
-    works = {variant.name: _work(variant.experiment, labels, corpus) for variant in variants}
-    for name, seed, trial in _trials(experiment, variants, works, test, folder):
+    files = {
+        (variant.name, seed): _file(lineage, variant, seed)
+        for variant in variants
+        for seed in experiment.compare.seeds
+    }
+    (lineage.run / _TRIALS).mkdir(exist_ok=True)
+    works = {variant.name: _work(variant) for variant in variants}
+    for name, seed, trial in _trials(experiment, variants, works, test, files):
         last = trial.predicted[-1]
         _log.info(
             "compare: %s, seed %d: %d epochs, %d row-steps, %.0f s; last epoch on test: "
@@ -80,7 +85,7 @@ def compare(experiment: Experiment, labels: Path, corpus: Path, out: Path) -> Co
         variant.name: [
             found
             for seed in experiment.compare.seeds
-            if (found := read_trial(_file(folder, variant.name, seed)))
+            if (found := read_trial(files[variant.name, seed]))
         ]
         for variant in variants
     }
@@ -112,7 +117,7 @@ def _trials(
     variants: Sequence[Variant],
     works: dict[str, Work],
     test: Path,
-    folder: Path,
+    files: dict[tuple[str, int], Path],
 ) -> Iterator[tuple[str, int, Trial]]:
     """Yield the trials as they come to their end, those that were there first."""
     train = experiment.train
@@ -130,7 +135,7 @@ def _trials(
     kept: dict[int, Any] = {}
     for seed in experiment.compare.seeds:
         for variant in variants:
-            file = _file(folder, variant.name, seed)
+            file = files[variant.name, seed]
             there = read_trial(file)
             if there is not None:
                 answer: Any = there.kept
@@ -145,15 +150,18 @@ def _trials(
         [answer], _ = ray.wait(list(waiting), num_returns=1)
         ray.get(answer)
         name, seed = waiting.pop(answer)
-        trial = read_trial(_file(folder, name, seed))
+        trial = read_trial(files[name, seed])
         assert trial is not None
         yield name, seed, trial
 
 
-def _work(experiment: Experiment, labels: Path, corpus: Path) -> Work:
+def _work(variant: Variant) -> Work:
+    experiment = variant.experiment
+    # Its own labels: a variant may be another calibration.
+    lineage = Lineage(experiment)
     return Work(
-        labels=(labels / "unlabeled").resolve(),
-        validation=(corpus / "validation").resolve(),
+        labels=(lineage.labels.require().path / "unlabeled").resolve(),
+        validation=(lineage.corpus.path / "validation").resolve(),
         label_names=experiment.task.label_names,
         selection=experiment.selection,
         student=found_from_anywhere(experiment.student),
@@ -163,5 +171,12 @@ def _work(experiment: Experiment, labels: Path, corpus: Path) -> Work:
     )
 
 
-def _file(folder: Path, name: str, seed: int) -> Path:
-    return folder / f"{name}-seed-{seed}"
+def _file(lineage: Lineage, variant: Variant, seed: int) -> Path:
+    """Return where a trial is kept, without its ending; the name follows from what decides it."""
+    settled = Lineage(variant.experiment.model_copy(update={"seed": seed}))
+    decides = settled.student().fingerprint
+    if variant.matched:
+        own = rule_named("llkd", lineage.experiment.selection)
+        llkd = settled.experiment.model_copy(update={"selection": own})
+        decides = fingerprint({"random": decides, "like": Lineage(llkd).student().fingerprint})
+    return (lineage.run / _TRIALS / decides).resolve()
