@@ -40,6 +40,7 @@ def train_one(experiment: Experiment, rule: str) -> None:
             student=experiment.student,
             section=experiment.train,
             seed=experiment.seed,
+            cache=experiment.cache,
         )
         draft.rows, draft.details = trained.rows, trained.details
     details = trained.details

@@ -15,7 +15,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -181,6 +181,25 @@ def make(artifact: Artifact, *, resume: bool = False) -> Iterator[Draft]:
         )
         write_text(draft.folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
         os.replace(artifact.making, artifact.path)
+
+
+def make_once(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Make a folder that many processes share and none changes; whoever comes second waits.
+
+    Args:
+        folder: To be made, unless it is there.
+        fill: Writes into the folder it is given, which then takes its place.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.is_dir():
+            return
+        beside = folder.with_name(folder.name + ".making")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        fill(beside)
+        os.replace(beside, folder)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ from training_data import NAMES, make_split_folders
 from untrained import untrained_student
 
 from llkd_ray import schema
-from llkd_ray.config import EvaluateSection, StudentSection
+from llkd_ray.config import EncoderStudent, EvaluateSection
 from llkd_ray.errors import ArtifactError, StudentError
 from llkd_ray.student.evaluate import predict
 from llkd_ray.student.model import check_student
@@ -78,12 +78,12 @@ def test_a_test_split_that_cannot_be_scored_says_what_to_do(tmp_path):
 
 def test_an_encoder_that_cannot_be_loaded_says_what_to_do(tmp_path, small_encoder):
     with pytest.raises(StudentError, match="minilm-l6"):
-        check_student(StudentSection(model=str(tmp_path / "nowhere")))
+        check_student(EncoderStudent(model=str(tmp_path / "nowhere")))
     pickled = tmp_path / "pickled"
     shutil.copytree(small_encoder, pickled)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(StudentError, match="safetensors"):
-        check_student(StudentSection(model=str(pickled)))
+        check_student(EncoderStudent(model=str(pickled)))
     with pytest.raises(StudentError, match="at most 512 tokens"):
-        check_student(StudentSection(model=str(small_encoder), max_length=513))
-    check_student(StudentSection(model=str(small_encoder)))
+        check_student(EncoderStudent(model=str(small_encoder), max_length=513))
+    check_student(EncoderStudent(model=str(small_encoder)))

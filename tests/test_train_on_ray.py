@@ -14,7 +14,7 @@ from training_data import NAMES
 from training_workers import TRAIN
 
 from llkd_ray import schema
-from llkd_ray.config import LLKDRule, StudentSection
+from llkd_ray.config import EncoderStudent, LLKDRule
 
 
 @pytest.mark.slow
@@ -30,9 +30,10 @@ def test_a_trained_student_is_a_plain_pipeline(tmp_path, folders, ray_local):  #
         corpus=corpus,
         label_names=NAMES,
         selection=LLKDRule(),
-        student=StudentSection(),
+        student=EncoderStudent(),
         section=TRAIN.model_copy(update={"learning_rate": 5e-5}),
         seed=0,
+        cache="unused",
     )
     assert trained.rows.taken == trained.rows.kept == 120
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -68,9 +69,10 @@ def train_small(labels, corpus, out, encoder, **train_settings):
         corpus=corpus,
         label_names=NAMES,
         selection=LLKDRule(),
-        student=StudentSection(model=str(encoder), max_length=64),
+        student=EncoderStudent(model=str(encoder), max_length=64),
         section=TRAIN.model_copy(update={"epochs": 8, **train_settings}),
         seed=0,
+        cache="unused",
     )
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from training_data import NAMES
 
-from llkd_ray.config import LLKDRule, StudentSection, TrainSection
+from llkd_ray.config import EncoderStudent, LLKDRule, TrainSection
 from llkd_ray.student.checkpoint import read_progress
 from llkd_ray.student.loop import Context, Work, train_worker
 from llkd_ray.student.model import load_tokenizer, locate
@@ -52,7 +52,7 @@ def work_on(folders, encoder):
         validation=corpus / "validation",
         label_names=NAMES,
         selection=LLKDRule(),
-        student=StudentSection(model=str(encoder), max_length=64, dropout=0.0),
+        student=EncoderStudent(model=str(encoder), max_length=64, dropout=0.0),
         train=TRAIN,
         expert={},
         seed=3,

@@ -3,17 +3,17 @@
 import socket
 from pathlib import Path
 
-from llkd_ray.config import StudentSection
+from llkd_ray.config import EncoderStudent
 from llkd_ray.embedded import CORPORA, locate
-from llkd_ray.student.model import load_encoder, load_tokenizer
+from llkd_ray.student.model import load_tokenizer, load_untrained
 from llkd_ray.student.model import locate as locate_encoder
 
 LABELS = ("abbreviation", "description", "thing", "person", "place", "number")
 
 
 def untrained_student(folder: Path) -> Path:
-    section = StudentSection()
-    model = load_encoder(section, LABELS, seed=0)
+    section = EncoderStudent()
+    model = load_untrained(section, LABELS, seed=0)
     # A head drawn this small answers about 1/6 everywhere; a larger one tells texts apart.
     model.classifier.weight.data *= 20
     model.save_pretrained(folder)

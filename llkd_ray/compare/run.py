@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from llkd_ray.metrics import accuracy, macro_f1
 from llkd_ray.student.engine import read_expert_settings
 from llkd_ray.student.loop import Work
 from llkd_ray.student.model import check_student
-from llkd_ray.student.train import found_from_anywhere
+from llkd_ray.student.train import UNTRAINED, found_from_anywhere
 
 _log = logging.getLogger(__name__)
 _TRIALS = "trials"
@@ -72,7 +73,7 @@ def compare(lineage: Lineage, out: Path) -> Compared:
         for seed in experiment.compare.seeds
     }
     (lineage.run / _TRIALS).mkdir(exist_ok=True)
-    works = {variant.name: _work(variant) for variant in variants}
+    works = {variant.name: _work(variant, out) for variant in variants}
     for name, seed, trial in _trials(experiment, variants, works, test, files):
         last = trial.predicted[-1]
         _log.info(
@@ -81,6 +82,7 @@ def compare(lineage: Lineage, out: Path) -> Compared:
             *(name, seed, len(trial.epochs), trial.epochs[-1]["row_steps"], trial.seconds),
             *(accuracy(gold, last), macro_f1(gold, last, len(names))),
         )
+    shutil.rmtree(out / UNTRAINED, ignore_errors=True)
     done = {
         variant.name: [
             found
@@ -155,7 +157,7 @@ def _trials(
         yield name, seed, trial
 
 
-def _work(variant: Variant) -> Work:
+def _work(variant: Variant, out: Path) -> Work:
     experiment = variant.experiment
     # Its own labels: a variant may be another calibration.
     lineage = Lineage(experiment)
@@ -164,7 +166,7 @@ def _work(variant: Variant) -> Work:
         validation=(lineage.corpus.path / "validation").resolve(),
         label_names=experiment.task.label_names,
         selection=experiment.selection,
-        student=found_from_anywhere(experiment.student),
+        student=found_from_anywhere(experiment.student, experiment.cache, out / UNTRAINED),
         train=experiment.train,
         expert=read_expert_settings(experiment.train),
         seed=experiment.seed,

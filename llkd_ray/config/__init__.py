@@ -21,7 +21,9 @@ from llkd_ray.config.selection import (
     rule_named,
 )
 from llkd_ray.config.student import (
+    EncoderStudent,
     EvaluateSection,
+    StaticStudent,
     StoppingSection,
     StudentSection,
     TrainSection,
@@ -47,6 +49,7 @@ __all__ = [
     "CompareSection",
     "ConfidentLearningRule",
     "CorpusSection",
+    "EncoderStudent",
     "EngineSection",
     "EvaluateSection",
     "Example",
@@ -66,6 +69,7 @@ __all__ = [
     "ScriptedTeacher",
     "ServeSection",
     "ShotsSection",
+    "StaticStudent",
     "StoppingSection",
     "StudentOnlyRule",
     "StudentSection",

@@ -16,7 +16,13 @@ from llkd_ray.config.compare import CompareSection
 from llkd_ray.config.endpoint import BenchSection, RaySection, ServeSection
 from llkd_ray.config.section import Name, Section, Text
 from llkd_ray.config.selection import RULES, LLKDRule, SelectionSection
-from llkd_ray.config.student import EvaluateSection, StudentSection, TrainSection
+from llkd_ray.config.student import (
+    EncoderStudent,
+    EvaluateSection,
+    StaticStudent,
+    StudentSection,
+    TrainSection,
+)
 from llkd_ray.config.task import CorpusSection, TaskSection
 from llkd_ray.config.teacher import (
     CalibrationSection,
@@ -31,6 +37,7 @@ from llkd_ray.errors import ConfigError
 # is chosen where the file says nothing.
 _KINDS: dict[str, tuple[str, dict[str, type[BaseModel]], str]] = {
     "selection": ("rule", dict(RULES), "llkd"),
+    "student": ("kind", {"encoder": EncoderStudent, "static": StaticStudent}, "encoder"),
     "teacher": (
         "kind",
         {"vllm": VLLMTeacher, "http": HTTPTeacher, "scripted": ScriptedTeacher},
@@ -54,7 +61,7 @@ class Experiment(Section):
     teacher: TeacherSection = VLLMTeacher()
     calibration: CalibrationSection = CalibrationSection()
     selection: SelectionSection = LLKDRule()
-    student: StudentSection = StudentSection()
+    student: StudentSection = EncoderStudent()
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
     compare: CompareSection = CompareSection()

@@ -11,16 +11,56 @@ from llkd_ray.config.selection import RuleName
 UnitOpenAbove = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class StudentSection(Section):
-    """The small classifier."""
+class EncoderStudent(Section):
+    """A transformer encoder with a classification head."""
 
     kind: Literal["encoder"] = "encoder"
     model: Text = "minilm-l6"
     """An embedded encoder by name, or the folder of a Hugging Face encoder (safetensors)."""
     max_length: PositiveInt = 128
     """Tokens of a text that the student reads; the rest is cut."""
+    layers: PositiveInt | None = None
+    """Keep the encoder's first so many layers; all of them when not given."""
+    head: Literal["own", "mean"] = "own"
+    """own: the architecture's own classifier. mean: the mean of the last layer's tokens, then one
+    linear layer."""
     dropout: UnitOpenAbove | None = None
     """Dropout while training; the encoder's own when not given."""
+
+    @property
+    def summary(self) -> str:
+        """What the student is, in a few words."""
+        cut = "" if self.layers is None else f", {self.layers} layer{'s' * (self.layers > 1)}"
+        return self.model + cut + (", mean pooling" if self.head == "mean" else "")
+
+
+class StaticStudent(Section):
+    """A vector for each token, their mean and a small head: when throughput is everything.
+
+    The vectors are distilled from an encoder by model2vec and trained further with the head. They
+    want a far higher `train.learning_rate` than an encoder, about 2e-3.
+    """
+
+    kind: Literal["static"] = "static"
+    model: Text = "minilm-l6"
+    """The encoder that the vectors come from, named as for an encoder student."""
+    max_length: PositiveInt = 128
+    """Tokens of a text that the student reads; the rest is cut."""
+    dimensions: PositiveInt = 256
+    """Of a vector; at most those of the encoder."""
+    head_units: NonNegativeInt = 256
+    """Units of the head's hidden layer; 0 makes the head linear."""
+    dropout: UnitOpenAbove = 0.1
+    """Dropout in the head while training."""
+
+    @property
+    def summary(self) -> str:
+        """What the student is, in a few words."""
+        return f"{self.model}, static, {self.dimensions} dimensions"
+
+
+StudentSection = Annotated[EncoderStudent | StaticStudent, Field(discriminator="kind")]
+"""The small classifier."""
 
 
 class StoppingSection(Section):

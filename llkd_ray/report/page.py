@@ -184,7 +184,7 @@ def _results(run: RunTables, summary: Summary) -> list[Result]:
         own = summary.student
         results.append(
             Result(
-                run.experiment.student.model,
+                run.experiment.student.summary,
                 f"student, rule {own.rule}",
                 models.get(own.rule),
                 own.rows_used_fraction,
@@ -193,7 +193,7 @@ def _results(run: RunTables, summary: Summary) -> list[Result]:
         )
     results.extend(
         Result(
-            run.experiment.student.model,
+            run.experiment.student.summary,
             f"compared, rule {other.rule}",
             models.get(other.rule),
             other.rows_used_fraction,

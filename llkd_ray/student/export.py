@@ -1,5 +1,6 @@
 """The student as others read it: a plain Hugging Face folder with a model card."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from llkd_ray.artifacts import write_text
+from llkd_ray.student.architectures import OURS
 
 
 @dataclass(frozen=True)
 class Card:
     """What the model card says."""
 
-    base_model: str
+    student: str
+    """What it was before training, in a few words."""
     label_names: tuple[str, ...]
     max_length: int
     rows: int
@@ -27,7 +30,8 @@ class Card:
 def export(student: Path, out: Path, card: Card) -> None:
     """Copy a checkpoint's student folder and write its model card.
 
-    `transformers.pipeline("text-classification", out)` loads the result.
+    `transformers.pipeline("text-classification", out)` loads the result; where the architecture is
+    one of ours, only after `import llkd_ray.student.model`.
 
     Args:
         student: Hugging Face folder inside a checkpoint.
@@ -37,10 +41,12 @@ def export(student: Path, out: Path, card: Card) -> None:
     if out.exists():
         shutil.rmtree(out)
     shutil.copytree(student, out)
-    write_text(out / "README.md", _readme(card))
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    write_text(out / "README.md", _readme(card, ours=config["model_type"] in OURS))
 
 
-def _readme(card: Card) -> str:
+def _readme(card: Card, *, ours: bool) -> str:
+    known = "import llkd_ray.student.model  # transformers does not know this architecture.\n"
     used = f"{card.details['rows_used_fraction']:.1%}"
     labels = "\n".join(f"- {name}" for name in card.label_names)
     return f"""---
@@ -60,7 +66,7 @@ It tells these classes apart:
 ## Use
 
 ```python
-from transformers import pipeline
+{known if ours else ""}from transformers import pipeline
 
 classify = pipeline("text-classification", "PATH/OF/THIS/FOLDER")
 classify("a text")
@@ -70,7 +76,7 @@ Texts are read up to {card.max_length} tokens.
 
 ## How it was made
 
-- Student before training: `{card.base_model}`, with a fresh classification head.
+- Student before training: {card.student}, with a fresh classification head.
 - Labels: {card.rows} texts labelled by a language model; no human label was trained on.
 - Rows chosen by the rule `{card.rule}` (LLKD: arXiv 2411.08028): {used} of all row-steps were
   trained on, in {card.details["steps"]} optimizer steps.

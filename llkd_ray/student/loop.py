@@ -41,7 +41,7 @@ from llkd_ray.student.batches import Rows, Share, read_rows
 from llkd_ray.student.checkpoint import Progress, RowMemory
 from llkd_ray.student.engine import Average, start_engine
 from llkd_ray.student.evaluate import class_probabilities
-from llkd_ray.student.model import load_encoder, load_tokenizer, locate
+from llkd_ray.student.model import load_tokenizer, load_untrained, locate
 from llkd_ray.student.order import lanes_for, plan_epoch
 from llkd_ray.student.step import Stepper, learning_rate
 
@@ -158,7 +158,7 @@ def _start(context: Context, work: Work) -> _Worker:
         validation = validation.subset(
             stopping.first_rows(validation.keys, most, all_reduce=all_reduce)
         )
-    model = load_encoder(work.student, work.label_names, seed=work.seed)
+    model = load_untrained(work.student, work.label_names, seed=work.seed)
     engine = start_engine(
         model, work.train, work.expert, world_size=context.world_size, device=context.device
     )

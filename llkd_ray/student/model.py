@@ -1,4 +1,4 @@
-"""Load the student: an encoder with a fresh head before training, a whole classifier after."""
+"""Load the student of any kind: with a fresh head before training, a whole classifier after."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,17 +6,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 from transformers.utils import logging as transformers_logging
 
 from llkd_ray import embedded
-from llkd_ray.config import StudentSection
+from llkd_ray.config import EncoderStudent, StaticStudent, StudentSection
 from llkd_ray.errors import StudentError
+from llkd_ray.student.architectures import MeanPooledClassifier, MeanPooledConfig, StaticClassifier
+
+VECTORS = "embedding.weight"
+"""Name of a static student's vectors in its file of weights."""
 
 
 def locate(model: str) -> Path:
@@ -62,8 +68,8 @@ def check_student(section: StudentSection) -> None:
     """Find out on the driver what would otherwise fail on every worker.
 
     Raises:
-        StudentError: The model cannot be loaded as a classifier, or reads fewer tokens than
-            `student.max_length`.
+        StudentError: The model cannot be loaded as a classifier, has fewer layers or dimensions
+            than are asked for, or reads fewer tokens than `student.max_length`.
     """
     folder = locate(section.model)
     tokenizer = load_tokenizer(folder)
@@ -73,19 +79,28 @@ def check_student(section: StudentSection) -> None:
             f"{folder}: transformers knows no classifier of the kind {config.model_type!r}; "
             "choose an encoder such as BERT, RoBERTa, DeBERTa or MiniLM"
         )
-    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    longest = min(positions, tokenizer.model_max_length)
-    if section.max_length > longest:
-        raise StudentError(
-            f"student.max_length = {section.max_length}: {folder} reads at most {longest} tokens"
-        )
+    match section:
+        case EncoderStudent(max_length=max_length):
+            _cut(config, section, folder)
+            positions = getattr(config, "max_position_embeddings", None)
+            longest = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
+            if max_length > longest:
+                raise StudentError(
+                    f"student.max_length = {max_length}: {folder} reads at most {longest} tokens"
+                )
+        case StaticStudent(dimensions=dimensions):
+            if dimensions > config.hidden_size:
+                raise StudentError(
+                    f"student.dimensions = {dimensions}: a vector of {folder} has "
+                    f"{config.hidden_size}"
+                )
 
 
-def load_encoder(section: StudentSection, label_names: Sequence[str], *, seed: int) -> Any:
-    """Return the encoder with a freshly drawn classification head, in float32.
+def load_untrained(section: StudentSection, label_names: Sequence[str], *, seed: int) -> Any:
+    """Return the student with a freshly drawn head, in float32.
 
     Args:
-        section: Which encoder, and its dropout.
+        section: Which student; a static one names the folder of its distilled vectors.
         label_names: Names of the C classes, in the order of the head's outputs.
         seed: Of the head's first weights.
 
@@ -94,27 +109,78 @@ def load_encoder(section: StudentSection, label_names: Sequence[str], *, seed: i
     """
     folder = locate(section.model)
     config = _load_config(folder)
-    config.num_labels = len(label_names)
-    config.id2label = dict(enumerate(label_names))
-    config.label2id = {name: position for position, name in enumerate(label_names)}
-    config.problem_type = "single_label_classification"
-    if section.dropout is not None:
-        # Each architecture has its own names for its dropouts; all of them say what they are.
-        for key, value in config.to_dict().items():
-            if "dropout" in key and (value is None or isinstance(value, float)):
-                setattr(config, key, section.dropout)
     torch.manual_seed(seed)
-    return _load_model(folder, config=config)
+    match section:
+        case EncoderStudent(head="own"):
+            _cut(config, section, folder)
+            _set_dropout(config, section.dropout)
+            return _load_model(folder, config=_with_classes(config, label_names))
+        case EncoderStudent():
+            _cut(config, section, folder)
+            _set_dropout(config, section.dropout)
+            whole = MeanPooledConfig(encoder=config.to_dict())
+            _set_dropout(whole, section.dropout)
+            return MeanPooledClassifier(
+                _with_classes(whole, label_names), load_encoder(folder, config)
+            )
+        case StaticStudent(head_units=head_units, dropout=dropout):
+            config.head_units, config.head_dropout = head_units, dropout
+            model = StaticClassifier(_with_classes(config, label_names))
+            vectors = load_file(folder / "model.safetensors")[VECTORS]
+            model.embedding.weight.data.copy_(vectors)
+            return model
+
+
+def load_encoder(folder: Path, config: Any = None) -> Any:
+    """Return an encoder without a head, in float32.
+
+    Args:
+        folder: Of the model.
+        config: Its configuration, where it is not the folder's own.
+
+    Raises:
+        StudentError: It cannot be loaded.
+    """
+    return _load_model(folder, config=config or _load_config(folder), as_a=AutoModel)
 
 
 def load_student(folder: Path) -> tuple[Any, Any]:
-    """Return model (in evaluation mode, float32) and tokenizer of an exported student.
+    """Return model (in evaluation mode, float32) and tokenizer of an exported student of any kind.
 
     Raises:
         StudentError: The folder holds none.
     """
     folder = locate(str(folder))
     return _load_model(folder, config=_load_config(folder)).eval(), load_tokenizer(folder)
+
+
+def _cut(config: Any, section: EncoderStudent, folder: Path) -> None:
+    """Keep the first layers only: weights of the others are not read then."""
+    if section.layers is None:
+        return
+    there = getattr(config, "num_hidden_layers", 0)
+    if section.layers > there:
+        raise StudentError(f"student.layers = {section.layers}: {folder} has {there}")
+    config.num_hidden_layers = section.layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: section.layers]
+
+
+def _set_dropout(config: Any, dropout: float | None) -> None:
+    if dropout is None:
+        return
+    # Each architecture has its own names for its dropouts; all of them say what they are.
+    for key, value in config.to_dict().items():
+        if "dropout" in key and (value is None or isinstance(value, float)):
+            setattr(config, key, dropout)
+
+
+def _with_classes(config: Any, label_names: Sequence[str]) -> Any:
+    config.num_labels = len(label_names)
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: position for position, name in enumerate(label_names)}
+    config.problem_type = "single_label_classification"
+    return config
 
 
 def _load_config(folder: Path) -> Any:
@@ -124,13 +190,15 @@ def _load_config(folder: Path) -> Any:
         raise StudentError(f"{folder}: config.json cannot be read: {_first_line(error)}") from error
 
 
-def _load_model(folder: Path, *, config: Any) -> Any:
+def _load_model(
+    folder: Path, *, config: Any, as_a: Any = AutoModelForSequenceClassification
+) -> Any:
     # transformers reports at length, as a warning, that a fresh head is fresh.
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModelForSequenceClassification.from_pretrained(
+        return as_a.from_pretrained(
             folder,
             config=config,
             dtype=torch.float32,

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from llkd_ray import embedded, schema
 from llkd_ray.artifacts import Rows
-from llkd_ray.config import Rule, StudentSection, TrainSection
+from llkd_ray.config import Rule, StaticStudent, StudentSection, TrainSection
 from llkd_ray.corpus import read_shards
 from llkd_ray.errors import ConfigError, StudentError
 from llkd_ray.student.checkpoint import STUDENT, Progress, read_progress
@@ -23,11 +23,14 @@ from llkd_ray.student.export import Card, export
 from llkd_ray.student.fit import RUN, fit
 from llkd_ray.student.loop import Work
 from llkd_ray.student.model import check_student
+from llkd_ray.student.static import distilled
 from llkd_ray.student.stopping import criterion
 
 _log = logging.getLogger(__name__)
 MODEL = "model"
 """Folder of the exported student inside its artifact."""
+UNTRAINED = "untrained"
+"""Folder of what a static student starts from, in the artifact while it is made."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def train(
     student: StudentSection,
     section: TrainSection,
     seed: int,
+    cache: str,
 ) -> Trained:
     """Train a student on the teacher's labels and leave the best epoch as a plain model.
 
@@ -72,9 +76,10 @@ def train(
         corpus: Folder of the corpus artifact.
         label_names: The C classes.
         selection: The rule that chooses rows.
-        student: Which encoder.
+        student: Which kind of student, of which encoder.
         section: How to train.
         seed: Of head, order and dropout.
+        cache: Folder for converted models.
 
     Raises:
         ConfigError: The experiment wants gold where there is none, or `train.deepspeed` is wrong.
@@ -95,7 +100,7 @@ def train(
         validation=validation.resolve() if has_gold else None,
         label_names=label_names,
         selection=selection,
-        student=found_from_anywhere(student),
+        student=found_from_anywhere(student, cache, out / UNTRAINED),
         train=section,
         expert=read_expert_settings(section),
         seed=seed,
@@ -112,7 +117,7 @@ def train(
         pa.Table.from_pylist(list(progress.epochs), schema.EPOCHS), out / "epochs.parquet"
     )
     card = Card(
-        base_model=student.model,
+        student=student.summary,
         label_names=label_names,
         max_length=student.max_length,
         rows=num_rows,
@@ -122,6 +127,7 @@ def train(
     )
     export(best / STUDENT, out / MODEL, card)
     shutil.rmtree(out / RUN)
+    shutil.rmtree(out / UNTRAINED, ignore_errors=True)
     trained_on = progress.epochs[-1]["rows"]
     assert trained_on == num_rows or section.stopping.held_out_fraction, "rows got lost"
     seconds = round(time.perf_counter() - started, 3)
@@ -131,11 +137,23 @@ def train(
     )
 
 
-def found_from_anywhere(student: StudentSection) -> StudentSection:
-    """Make the folder of a model absolute: Ray Train's workers run in folders of their own."""
-    if student.model in embedded.STUDENTS:
+def found_from_anywhere(student: StudentSection, cache: str, shared: Path) -> StudentSection:
+    """Name the student's folder so that every worker finds it, on this machine or another.
+
+    Args:
+        student: Which student.
+        cache: Folder for converted models, this machine's own.
+        shared: Folder that every machine sees; a static student's vectors are laid into it.
+    """
+    if isinstance(student, StaticStudent):
+        vectors = distilled(student, cache)
+        folder = shutil.copytree(vectors, shared / vectors.name, dirs_exist_ok=True)
+    elif student.model in embedded.STUDENTS:
         return student
-    return student.model_copy(update={"model": str(Path(student.model).expanduser().resolve())})
+    else:
+        folder = Path(student.model).expanduser()
+    # Ray Train's workers run in folders of their own.
+    return student.model_copy(update={"model": str(folder.resolve())})
 
 
 def _drop_broken_run(run: Path) -> None:

@@ -1,16 +1,14 @@
 """From a model setting to a folder with safetensors."""
 
 import contextlib
-import fcntl
 import io
 import logging
-import os
 import re
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from llkd_ray import embedded
+from llkd_ray.artifacts import make_once
 from llkd_ray.errors import TeacherError
 
 _log = logging.getLogger(__name__)
@@ -89,19 +87,15 @@ def _from_hub(setting: str, name: str, revision: str) -> Path:
 def _converted(model: str, cache: Path) -> Path:
     """Turn a GGUF file into a folder with float32 safetensors, once per package version."""
     folder = cache / f"{model}-{embedded.revision(model).partition('==')[2]}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / f".{folder.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # Two jobs may want it at once; the second waits.
-        if not folder.is_dir():
-            _log.info("converting %s to safetensors, once, into %s", model, folder)
-            beside = folder.with_name(folder.name + ".making")
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir()
-            gguf = beside / "model.gguf"
-            embedded.write_whole(embedded.TEACHERS[model], gguf)
-            _convert(gguf, beside)
-            gguf.unlink()
-            os.replace(beside, folder)
+
+    def convert(beside: Path) -> None:
+        _log.info("converting %s to safetensors, once, into %s", model, folder)
+        gguf = beside / "model.gguf"
+        embedded.write_whole(embedded.TEACHERS[model], gguf)
+        _convert(gguf, beside)
+        gguf.unlink()
+
+    make_once(folder, convert)
     return folder
 
 
