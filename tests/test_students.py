@@ -110,13 +110,13 @@ def test_it_trains_goes_on_and_answers_alike_wherever_it_is_asked(tmp_path, work
     assert student_labels(folder) == NAMES
 
     answers = probabilities(*load_student(folder))
-    assert np.ptp(answers, axis=0).max() > 0.05
+    assert np.ptp(answers, axis=0).max() > 1e-4  # Far more than what is taken for equal below.
     served = StudentClassifier(folder, 64, ServeSection()).probabilities(TEXTS)
-    np.testing.assert_allclose(served, answers, atol=1e-5)
+    np.testing.assert_allclose(served, answers, atol=2e-6)
     classify = pipeline("text-classification", str(folder), top_k=None, device="cpu")
     for row, expected in zip(answers, classify(TEXTS, truncation=True, max_length=64), strict=True):
         found = {answer["label"]: answer["score"] for answer in expected}
-        np.testing.assert_allclose(row, [found[name] for name in NAMES], atol=1e-5)
+        np.testing.assert_allclose(row, [found[name] for name in NAMES], atol=2e-6)
 
 
 @pytest.mark.parametrize(
