@@ -89,10 +89,10 @@ def check_student(section: StudentSection) -> None:
                     f"student.max_length = {max_length}: {folder} reads at most {longest} tokens"
                 )
         case StaticStudent(dimensions=dimensions):
-            if dimensions > config.hidden_size:
+            most = getattr(config, "hidden_size", 0)
+            if dimensions > most:
                 raise StudentError(
-                    f"student.dimensions = {dimensions}: a vector of {folder} has "
-                    f"{config.hidden_size}"
+                    f"student.dimensions = {dimensions}: a vector of {folder} has {most}"
                 )
 
 
@@ -111,18 +111,15 @@ def load_untrained(section: StudentSection, label_names: Sequence[str], *, seed:
     config = _load_config(folder)
     torch.manual_seed(seed)
     match section:
-        case EncoderStudent(head="own"):
+        case EncoderStudent(head=head, dropout=dropout):
             _cut(config, section, folder)
-            _set_dropout(config, section.dropout)
-            return _load_model(folder, config=_with_classes(config, label_names))
-        case EncoderStudent():
-            _cut(config, section, folder)
-            _set_dropout(config, section.dropout)
+            _set_dropout(config, dropout)
+            if head == "own":
+                return _load_model(folder, config=_with_classes(config, label_names))
             whole = MeanPooledConfig(encoder=config.to_dict())
-            _set_dropout(whole, section.dropout)
-            return MeanPooledClassifier(
-                _with_classes(whole, label_names), load_encoder(folder, config)
-            )
+            _set_dropout(whole, dropout)
+            encoder = load_encoder(folder, config)
+            return MeanPooledClassifier(_with_classes(whole, label_names), encoder)
         case StaticStudent(head_units=head_units, dropout=dropout):
             config.head_units, config.head_dropout = head_units, dropout
             model = StaticClassifier(_with_classes(config, label_names))
