@@ -86,7 +86,6 @@ def probabilities(model, tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*pin_memory")
 def test_it_trains_goes_on_and_answers_alike_wherever_it_is_asked(tmp_path, work, student):
     work = changed(replace(work, student=student), rule=AllRule(), dropout=0.1, learning_rate=5e-3)
     unbroken = run_workers(tmp_path / "unbroken", work, 1)
