@@ -37,8 +37,8 @@ class EncoderStudent(Section):
 class StaticStudent(Section):
     """A vector for each token, their mean and a small head: when throughput is everything.
 
-    The vectors are distilled from an encoder by model2vec and trained further with the head. They
-    want a far higher `train.learning_rate` than an encoder, about 2e-3.
+    The vectors are distilled from an encoder by model2vec and trained further with the head. The
+    default `train.learning_rate` is an encoder's: set a higher one.
     """
 
     kind: Literal["static"] = "static"
