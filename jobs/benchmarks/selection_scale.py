@@ -138,6 +138,7 @@ class Counted:
         self.bytes = 0
 
     def __call__(self, values: Floats) -> Floats:
+        """Sum over the workers."""
         self.bytes += values.nbytes
         return self._all_reduce(values)
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 class GradientMean:
     """Stands for DeepSpeed's exchange of whole gradients: same mean, fewer bytes and copies.
 
-    For dense gradients on the CPU. Every worker must call it at the same time.
+    For whole float32 gradients on the CPU. Every worker must call it at the same time.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -36,7 +36,7 @@ class GradientMean:
             self._average_touched(_gradients(self._sparse))
             torch.cat([gradient.flatten() for gradient in _gradients(self._dense)], out=self._sums)
             _average(self._sums)
-            parts = self._sums.split([parameter.numel() for parameter in self._dense])
+            parts = torch.split(self._sums, [parameter.numel() for parameter in self._dense])
             for parameter, part in zip(self._dense, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
 
@@ -47,11 +47,13 @@ class GradientMean:
         # numpy's `any` is ten times as fast as torch's, and like it takes NaN for true.
         touched = torch.cat([torch.from_numpy(of.numpy().any(axis=1)) for of in gradients]).byte()
         dist.all_reduce(touched, dist.ReduceOp.MAX)
-        rows = [mask.nonzero()[:, 0] for mask in touched.split([len(of) for of in gradients])]
+        rows = [
+            mask.nonzero()[:, 0] for mask in torch.split(touched, [len(of) for of in gradients])
+        ]
         packed = torch.cat([of[at].flatten() for of, at in zip(gradients, rows, strict=True)])
         _average(packed)
         sizes = [len(at) * of.shape[1] for of, at in zip(gradients, rows, strict=True)]
-        for of, at, part in zip(gradients, rows, packed.split(sizes), strict=True):
+        for of, at, part in zip(gradients, rows, torch.split(packed, sizes), strict=True):
             of[at] = part.view(len(at), -1)
 
 
