@@ -178,7 +178,7 @@ def test_settings_that_do_not_fit_together_are_refused():
         ({"average_decay": 0.9, "zero_stage": 3}, "average_decay"),
         ({"offload": "all", "zero_stage": 2}, "offload"),
         ({"num_workers": (3, 2), "zero_stage": 0}, "fewest"),
-        ({"num_workers": (1, 2)}, "zero_stage = 0"),
+        ({"num_workers": (1, 2), "zero_stage": 1}, "zero_stage = 0"),
     ):
         with pytest.raises(ValueError, match=match):
             TrainSection.model_validate(settings)

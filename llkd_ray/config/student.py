@@ -125,9 +125,9 @@ class TrainSection(Section):
     stopping: StoppingSection = StoppingSection()
     keep_signals: bool = True
     """Write what every row's signals were in each epoch, for jobs/explain.py."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO: partitions the optimizer (1), the gradients too (2), the weights too (3). 0
-    is the fastest where a worker has room for all of them."""
+    is the fastest where a worker has room for all of them, as it has for an encoder."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What DeepSpeed moves from the GPU's memory to the machine's: nothing, the optimizer (from
     stage 1), the weights too (stage 3)."""

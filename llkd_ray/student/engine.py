@@ -11,6 +11,7 @@ import torch
 
 from llkd_ray.config import TrainSection
 from llkd_ray.errors import ConfigError
+from llkd_ray.student.exchange import GradientMean
 
 # What follows from the experiment, or would take the loop's work from it.
 _OURS = (
@@ -117,6 +118,8 @@ def start_engine(
         dist_init_required=False,
         config=deepspeed_settings(train, world_size, expert),
     )
+    if device.type == "cpu" and train.zero_stage == 0 and not (train.bf16 or expert):
+        engine.buffered_allreduce_fallback = GradientMean(engine.module)
     return engine
 
 

@@ -126,7 +126,7 @@ def train_worker(context: Context, work: Work) -> Progress:
 
 
 def _start(context: Context, work: Work) -> _Worker:
-    all_reduce = _all_reduce()
+    all_reduce = sum_over_workers()
     tokenizer = load_tokenizer(locate(work.student.model))
     share = Share(context.rank, context.world_size, lanes_for(work.train.batch_size))
 
@@ -454,7 +454,7 @@ def _signals(
     )
 
 
-def _all_reduce() -> AllReduce:
+def sum_over_workers() -> AllReduce:
     """Return a sum over the workers in float64, through gloo whatever the gradients use."""
     group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
