@@ -44,7 +44,7 @@ class GradientMean:
         """Average the rows that are not zero on some worker."""
         if not gradients:
             return
-        # numpy's `any` is ten times as fast as torch's, and like it takes NaN for true.
+        # numpy's `any` is several times as fast as torch's, and like it takes NaN for true.
         touched = torch.cat([torch.from_numpy(of.numpy().any(axis=1)) for of in gradients]).byte()
         dist.all_reduce(touched, dist.ReduceOp.MAX)
         rows = [
