@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from cleanlab.filter import find_label_issues
 
 from llkd_ray.config import (
     AllRule,
@@ -361,11 +362,10 @@ def test_flexmatch_lowers_the_threshold_of_classes_not_yet_learned():
 
 
 def test_confident_learning_drops_the_rows_that_cleanlab_drops():
-    cleanlab = pytest.importorskip("cleanlab.filter")
     for seed in range(5):
         signals = drawn(seed, rows=800)
         kept = chosen_by(ConfidentLearningRule(), SelectionState(), signals, 2).keep
-        issues = cleanlab.find_label_issues(
+        issues = find_label_issues(
             signals.label,
             signals.student.astype(np.float64),
             filter_by="confident_learning",
