@@ -8,6 +8,7 @@ from llkd_ray.teacher.calibration import (
     Calibration,
     Floats,
     fit_temperature,
+    fit_vector,
     read_calibrations,
     softmax,
     write_calibrations,
@@ -113,3 +114,38 @@ def test_probabilities_sum_to_one_whatever_the_scale(size: float) -> None:
     logprobs = -size * np.random.default_rng(0).random((20, 4))
     probabilities = Calibration((0.0,) * 4).probabilities(logprobs)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1.0)
+
+
+def test_vector_scaling_finds_the_bias_and_scale_that_were_put_on() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=(20_000, 4)) * 2
+    gold = np.array([rng.choice(4, p=p) for p in softmax(true)])
+    bias = np.array([1.5, -1.0, 0.0, 0.5])
+    scale, found = fit_vector((true - bias) / 0.5, gold)
+    assert scale == pytest.approx(0.5, rel=0.05)
+    np.testing.assert_allclose(found - found.mean(), bias - bias.mean(), atol=0.1)
+
+
+def test_vector_scaling_mends_a_label_that_is_given_too_often() -> None:
+    logits = np.array([[2.0, 1.0, 0.0]] * 90 + [[0.0, 0.1, 3.0]] * 10)
+    gold = np.array([1] * 80 + [0] * 10 + [2] * 10)
+    calibration = Calibration((0.0, 0.0, 0.0)).corrected(*fit_vector(logits, gold))
+    assert calibration.probabilities(logits).argmax(axis=1).tolist() == [1] * 90 + [2] * 10
+    few = Calibration((0.0, 0.0, 0.0)).corrected(*fit_vector(logits[:1], gold[:1]))
+    assert np.isfinite(few.probabilities(logits)).all()
+
+
+def test_vector_scaling_holds_for_a_teacher_that_is_always_right_or_says_never() -> None:
+    certain = np.array([[0.0, -np.inf, -9.0], [-9.0, 0.0, -np.inf]])
+    for gold in ([0, 1], [2, 0]):
+        scale, bias = fit_vector(certain, np.array(gold))
+        assert 0.05 <= scale <= 20
+        assert np.isfinite(bias).all()
+
+
+def test_a_corrected_calibration_is_the_one_before_scaled_and_shifted() -> None:
+    before = Calibration((-0.5, 0.2, 0.0), temperature=2.0)
+    logprobs = np.log(np.array([[0.2, 0.3, 0.5], [0.7, 0.2, 0.1]]))
+    bias = np.array([0.3, -0.2, 0.1])
+    after = before.corrected(1.7, bias)
+    np.testing.assert_allclose(after.logits(logprobs), 1.7 * before.logits(logprobs) + bias)

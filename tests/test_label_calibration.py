@@ -188,7 +188,7 @@ def test_the_temperature_is_fitted_on_validation_gold_alone(made: Made, tmp_path
 def test_all_fitted_calibrations_are_stored_whichever_is_chosen(made: Made) -> None:
     made.label("none")
     stored = json.loads((made.labels / "calibrations.json").read_text())
-    assert tuple(stored) == KINDS
+    assert tuple(stored) == (*KINDS, "vector")
     assert stored["none"] == {"log_prior": [0.0, 0.0, 0.0], "temperature": 1.0}
     assert stored["batch"]["log_prior"] == stored["temperature"]["log_prior"]
     assert stored["batch"]["temperature"] == 1.0

@@ -78,7 +78,7 @@ def trial(folder: Path) -> Lineage:
                 "task": {"labels": [{"name": name} for name in LABELS]},
                 "corpus": {"source": str(source), "gold_column": "label"},
                 "teacher": {"kind": "vllm", "model": "example/teacher"},
-                "student": {"model": "example/student"},
+                "student": {"kind": "encoder", "model": "example/student"},
                 "evaluate": {"compare_rules": ["all"]},
                 "serve": {"port": 8123, "token_env": "TRIAL_TOKEN"},
             }

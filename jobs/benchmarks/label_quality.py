@@ -3,9 +3,9 @@
 Each DATA is a folder with train.parquet and test.parquet, columns `text` and `label`; its name
 chooses the experiment, jobs/configs/NAME.toml. Test rows are labelled as a user would label a
 corpus, by jobs/prepare.py and jobs/label.py; where an experiment takes examples for its prompt from
-gold rows, these are of train.parquet. A fifth as many further test rows fit the temperature and are
-not scored. The gold of the scored rows is seen by the score alone. Every figure is one that the
-labels artifact holds.
+gold rows, these are of train.parquet. A fifth as many further test rows fit temperature and vector
+and are not scored. The gold of the scored rows is seen by the score alone. Every figure is one that
+the labels artifact holds.
 """
 
 import argparse
@@ -30,6 +30,7 @@ CALIBRATIONS = {
     "contextual": "contextual",
     "batch": "batch",
     "temperature": "temperature",
+    "vector": "vector",
 }
 FIGURES = ("accuracy", "macro_f1", "ece", "accuracy_confident_half")
 

@@ -22,6 +22,9 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 _TEMPERATURES = (0.05, 20.0)
+# Of a label against the likeliest one: a probability of zero says no more than this.
+_LEAST_LOGIT = -50.0
+_NEWTON_STEPS = 100
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -40,6 +43,11 @@ class Calibration:
         # A label that never got any probability keeps none; zero over zero would be no number.
         floored = np.maximum(prior, np.finfo(np.float64).tiny)
         return cls(tuple(np.log(floored).tolist()))
+
+    def corrected(self, scale: float, bias: Floats) -> "Calibration":
+        """Return this calibration with `scale * logits + bias` of it."""
+        log_prior = np.array(self.log_prior) - bias * self.temperature / scale
+        return Calibration(tuple(log_prior.tolist()), self.temperature / scale)
 
     def logits(self, logprobs: Floats) -> Floats:
         """Return the calibrated, not yet normalised log-probabilities [N, C]."""
@@ -79,6 +87,59 @@ def fit_temperature(logits: Floats, gold: Ints) -> float:
         else:
             low = high - step
     return math.exp((low + high) / 2)
+
+
+def fit_vector(logits: Floats, gold: Ints) -> tuple[float, Floats]:
+    """Return the scale and the bias of each label under which gold is likeliest.
+
+    The biases are held towards zero like by one more row, so that few rows do not move them far.
+    The loss is convex; Newton's steps are halved until they help.
+
+    Source: vector scaling, Guo et al. 2017, arXiv 1706.04599, section 4.2, with one scale for all
+    labels.
+
+    Args:
+        logits: [N, C], N at least 1; finite where gold is.
+        gold: Position of the right label of each row [N].
+
+    Returns:
+        The scale, from 0.05 to 20, and the biases [C]: `scale * logits + bias` is calibrated.
+    """
+    rows, num_classes = logits.shape
+    x = np.maximum(logits - logits.max(axis=1, keepdims=True), _LEAST_LOGIT)
+    right = np.eye(num_classes)[gold]
+    held = 2 / rows
+
+    def loss(parameters: Floats) -> float:
+        z = parameters[0] * x + parameters[1:]
+        top = z.max(axis=1)
+        normaliser = np.log(np.exp(z - top[:, None]).sum(axis=1)) + top
+        likelihood = np.mean(normaliser - z[np.arange(rows), gold])
+        return float(likelihood + held / 2 * (parameters[1:] ** 2).sum())
+
+    parameters = np.concatenate([[1.0], np.zeros(num_classes)])
+    for _ in range(_NEWTON_STEPS):
+        p = softmax(parameters[0] * x + parameters[1:])
+        wrong, mean_x = p - right, (p * x).sum(axis=1)
+        gradient = np.concatenate(
+            [[(wrong * x).sum() / rows], wrong.mean(axis=0) + held * parameters[1:]]
+        )
+        hessian = np.empty((num_classes + 1,) * 2)
+        hessian[0, 0] = np.mean((p * x**2).sum(axis=1) - mean_x**2) + 1e-9
+        hessian[0, 1:] = hessian[1:, 0] = (p * (x - mean_x[:, None])).mean(axis=0)
+        hessian[1:, 1:] = np.diag(p.mean(axis=0) + held) - p.T @ p / rows
+        step = np.linalg.solve(hessian, gradient)
+        size = 1.0
+        while size > 1e-6:
+            moved = parameters - size * step
+            moved[0] = np.clip(moved[0], 1 / _TEMPERATURES[1], 1 / _TEMPERATURES[0])
+            if loss(moved) < loss(parameters):
+                break
+            size /= 2
+        else:
+            break
+        parameters = moved
+    return float(parameters[0]), parameters[1:]
 
 
 def softmax(logits: Floats) -> Floats:

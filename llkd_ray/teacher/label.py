@@ -29,6 +29,7 @@ from llkd_ray.teacher.calibration import (
     Floats,
     Ints,
     fit_temperature,
+    fit_vector,
     softmax,
     write_calibrations,
 )
@@ -174,8 +175,9 @@ def _fit(
         fitted["batch"] = batch
         logprobs, gold = _validation(shards, label_names, config.min_label_mass)
         if len(gold):
-            temperature = fit_temperature(batch.logits(logprobs), gold)
-            fitted["temperature"] = replace(batch, temperature=temperature)
+            logits = batch.logits(logprobs)
+            fitted["temperature"] = replace(batch, temperature=fit_temperature(logits, gold))
+            fitted["vector"] = batch.corrected(*fit_vector(logits, gold))
     if config.kind not in fitted:
         raise TeacherError(_why_not(config.kind, fitted, content_free))
     return fitted
