@@ -14,8 +14,9 @@ from training_data import NAMES
 
 from llkd_ray.config import EncoderStudent, LLKDRule, TrainSection
 from llkd_ray.student.checkpoint import read_progress
-from llkd_ray.student.loop import Context, Work, train_worker
+from llkd_ray.student.loop import train_worker
 from llkd_ray.student.model import load_tokenizer, locate
+from llkd_ray.student.worker import Context, Work
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Workers are forks of one process that has imported everything: a start takes no seconds.

@@ -92,7 +92,7 @@ def work(rank: int, meeting: str, rows: int, rounds: int, end: Connection) -> No
     """Be a worker: draw signals, choose by each rule, tell what it cost."""
     import torch
 
-    from llkd_ray.student.loop import sum_over_workers
+    from llkd_ray.student.worker import sum_over_workers
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORKERS)

@@ -200,7 +200,8 @@ def _train(rung: Rung, steps: int, folder: Path, names: tuple[str, ...], out: Pa
     import torch
 
     from llkd_ray.student.checkpoint import STUDENT
-    from llkd_ray.student.loop import Context, Work, train_worker
+    from llkd_ray.student.loop import train_worker
+    from llkd_ray.student.worker import Context, Work
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     torch.distributed.init_process_group(

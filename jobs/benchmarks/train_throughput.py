@@ -44,7 +44,7 @@ BATCH_SIZE = 128
 
 def measure(rows: int, rounds: int, train: TrainSection) -> dict[str, Any]:
     """Measure all of them and return the ratios."""
-    from llkd_ray.student.loop import Work
+    from llkd_ray.student.worker import Work
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         labels = Path(folder) / "labels"
@@ -188,7 +188,8 @@ def train_ours(rank: int, world_size: int, folder: Path, work: Any, pipe: Connec
     """Be a worker of the training job that reports its epochs through a pipe."""
     import torch
 
-    from llkd_ray.student.loop import Context, train_worker
+    from llkd_ray.student.loop import train_worker
+    from llkd_ray.student.worker import Context
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     meeting = (folder / "meeting").as_uri()

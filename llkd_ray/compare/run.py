@@ -19,9 +19,9 @@ from llkd_ray.config import Experiment, RandomRule, rule_named
 from llkd_ray.lineage import Lineage
 from llkd_ray.metrics import accuracy, macro_f1
 from llkd_ray.student.engine import read_expert_settings
-from llkd_ray.student.loop import Work
 from llkd_ray.student.model import check_student
 from llkd_ray.student.train import UNTRAINED, found_from_anywhere
+from llkd_ray.student.worker import Work
 
 _log = logging.getLogger(__name__)
 _TRIALS = "trials"

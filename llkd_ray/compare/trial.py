@@ -23,7 +23,8 @@ from llkd_ray.errors import ArtifactError
 from llkd_ray.metrics import Ints
 from llkd_ray.student.checkpoint import STUDENT
 from llkd_ray.student.evaluate import predict
-from llkd_ray.student.loop import Context, Work, train_worker
+from llkd_ray.student.loop import train_worker
+from llkd_ray.student.worker import Context, Work
 
 
 @dataclass(frozen=True)

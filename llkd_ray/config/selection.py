@@ -119,12 +119,6 @@ class JointRule(Section):
     """Lambda of the moving thresholds."""
     fraction: Share | None = None
     """Share of each class to keep at most, those with the highest agreement."""
-    relabel: bool = False
-    """Train towards the class that both models together find most probable."""
-    uncertain: bool = False
-    """Keep only rows that the student is uncertain of, by its moving threshold."""
-    same_label: bool = False
-    """Keep only rows whose label the student gives too, classes evened out."""
     weight: Weight = "one"
 
 

@@ -327,45 +327,18 @@ def _joint(
     epoch: int,
 ) -> Selection:
     if epoch == 1:
-        chosen = _one_sided(
-            ("teacher", signals.confidence), rule.decay, state, signals, all_reduce, weight="one"
-        )
-        if rule.fraction is None:
-            return chosen
-        cut = _share_cuts(signals.confidence, rule.fraction, signals, all_reduce)
-        keep = chosen.keep & (signals.confidence >= cut[signals.label])
-        return _kept(keep, signals, chosen.state, chosen.thresholds)
-    posterior, evened = _posterior(signals, all_reduce)
-    target = posterior.argmax(axis=1) if rule.relabel else signals.label
-    signals = replace(signals, label=target)
-    signal = np.take_along_axis(posterior, target[:, None], axis=1)[:, 0]
-    chosen = _one_sided(
-        ("joint", signal), rule.decay, state, signals, all_reduce, weight=rule.weight
-    )
-    keep = chosen.keep
-    if rule.same_label:
-        keep = (signals.confidence >= 0) & (evened.argmax(axis=1) == target)
-    if rule.uncertain:
-        u = signals.uncertainty
-        doubt = _one_sided(("student", u), 0.0, chosen.state, signals, all_reduce, weight="one")
-        keep = keep & doubt.keep
-    if rule.fraction is not None:
-        score = np.where(keep, signal, 0.0)
-        cut = _share_cuts(score, rule.fraction, signals, all_reduce)
-        keep = keep & (score >= cut[target])
-    return replace(
-        _kept(keep, signals, chosen.state, chosen.thresholds, weight=rule.weight), target=target
-    )
-
-
-def _posterior(signals: Signals, all_reduce: AllReduce) -> tuple[Floats, Floats]:
-    q = signals.student_grid
-    sums = all_reduce(np.array([float(len(signals)), *q.sum(axis=0)]))
-    prior = np.maximum(sums[1:] / max(sums[0], 1.0), 1 / GRID)
-    evened = q / prior
-    product = signals.teacher.astype(np.float64) * evened
-    total = product.sum(axis=1, keepdims=True)
-    return on_grid(np.divide(product, total, out=np.zeros_like(product), where=total > 0)), evened
+        # The student knows nothing yet, and is not asked.
+        named, weight = ("teacher", signals.confidence), "one"
+    else:
+        named, weight = ("joint", _agreement(signals, all_reduce)), rule.weight
+    chosen = _one_sided(named, rule.decay, state, signals, all_reduce, weight=weight)
+    if rule.fraction is None:
+        return chosen
+    name, signal = named
+    cut = _share_cuts(signal, rule.fraction, signals, all_reduce)
+    thresholds = {name: np.fmax(chosen.thresholds[name], cut)}
+    keep = signal >= thresholds[name][signals.label]
+    return _kept(keep, signals, chosen.state, thresholds, weight=weight)
 
 
 def _agreement(signals: Signals, all_reduce: AllReduce) -> Floats:
@@ -374,8 +347,13 @@ def _agreement(signals: Signals, all_reduce: AllReduce) -> Floats:
     The product of teacher and student, each class divided by the student's mean probability of it
     (else frequent classes win twice), normalized over the classes.
     """
-    posterior, _ = _posterior(signals, all_reduce)
-    return np.take_along_axis(posterior, signals.label[:, None], axis=1)[:, 0]
+    q = signals.student_grid
+    sums = all_reduce(np.array([float(len(signals)), *q.sum(axis=0)]))
+    prior = np.maximum(sums[1:] / max(sums[0], 1.0), 1 / GRID)
+    product = signals.teacher.astype(np.float64) * (q / prior)
+    chosen = np.take_along_axis(product, signals.label[:, None], axis=1)[:, 0]
+    total = product.sum(axis=1)
+    return on_grid(np.divide(chosen, total, out=np.zeros_like(chosen), where=total > 0))
 
 
 def _kept(

@@ -31,8 +31,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from llkd_ray.config import TrainSection
 from llkd_ray.errors import ClusterError, LLKDError
-from llkd_ray.student.loop import Context, Work, train_worker
+from llkd_ray.student.loop import train_worker
 from llkd_ray.student.stopping import SCORE, criterion
+from llkd_ray.student.worker import Context, Work
 
 _log = logging.getLogger(__name__)
 RUN = "ray_train"

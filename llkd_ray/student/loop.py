@@ -9,26 +9,21 @@ L_w = sum w CE / sum w, so that N workers take the step that one would take.
 Shape legend: N rows of this worker, C classes.
 """
 
-import contextlib
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from llkd_ray.config import LLKDRule, Rule, StudentSection, TrainSection
+from llkd_ray.config import TrainSection
 from llkd_ray.errors import StudentError
 from llkd_ray.selection import (
-    AllReduce,
     Bools,
     Floats,
     Ints,
-    Probabilities,
     Selection,
     Signals,
     balanced,
@@ -37,72 +32,21 @@ from llkd_ray.selection import (
 )
 from llkd_ray.student import checkpoint, stopping
 from llkd_ray.student.audit import audit_classes, write_signals
-from llkd_ray.student.batches import Rows, Share, read_rows
 from llkd_ray.student.checkpoint import Progress, RowMemory
-from llkd_ray.student.engine import Average, start_engine
-from llkd_ray.student.evaluate import class_probabilities
-from llkd_ray.student.model import load_tokenizer, load_untrained, locate
 from llkd_ray.student.order import lanes_for, plan_epoch
 from llkd_ray.student.step import Stepper, learning_rate
+from llkd_ray.student.worker import (
+    Context,
+    Work,
+    Worker,
+    score,
+    signals_of,
+    start_worker,
+    validate,
+)
 
 # Moving thresholds may lie above every row for a while, and come down again by themselves.
 _EMPTY_EPOCHS = 20
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a worker is told by whoever runs it."""
-
-    rank: int
-    world_size: int
-    """Workers, each with a torch.distributed process group around it."""
-    device: torch.device
-    report: Callable[[dict[str, Any] | None, Path, str], None]
-    """Takes the epoch's row of schema.EPOCHS (None within an epoch), this worker's part of the
-    checkpoint, which is gone after the call, and the checkpoint's name. A barrier: every worker
-    reports equally often."""
-    restored: Path | None
-    """A whole checkpoint to go on from."""
-    signals: Path | None = None
-    """Folder, shared by the workers, for what the rows looked like; None to write nothing."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be trained, the same for every worker."""
-
-    labels: Path
-    """Folder of the labelled shards."""
-    validation: Path | None
-    """Folder of the validation shards; None when there is no gold."""
-    label_names: tuple[str, ...]
-    selection: Rule
-    student: StudentSection
-    train: TrainSection
-    expert: dict[str, Any]
-    """Further settings of DeepSpeed."""
-    seed: int
-
-    @property
-    def stepwise(self) -> bool:
-        """Whether rows are chosen in each step instead of before each epoch."""
-        return isinstance(self.selection, LLKDRule) and self.selection.cadence == "step"
-
-
-@dataclass(frozen=True)
-class _Worker:
-    context: Context
-    work: Work
-    tokenizer: Any
-    engine: Any
-    average: Average | None
-    all_reduce: AllReduce
-    rows: Rows
-    """To train on."""
-    held_out: Rows
-    """Of the labelled rows; those whose label the teacher is surest of."""
-    validation: Rows | None
-    """With gold."""
 
 
 def train_worker(context: Context, work: Work) -> Progress:
@@ -113,7 +57,7 @@ def train_worker(context: Context, work: Work) -> Progress:
     """
     if context.device.type == "cpu":
         torch.set_num_threads(work.train.threads_per_worker)
-    worker = _start(context, work)
+    worker = start_worker(context, work)
     progress, memory = Progress.start(), RowMemory.start(worker.rows)
     if context.restored is not None:
         progress, memory = checkpoint.restore(
@@ -125,57 +69,6 @@ def train_worker(context: Context, work: Work) -> Progress:
     return progress
 
 
-def _start(context: Context, work: Work) -> _Worker:
-    all_reduce = sum_over_workers()
-    tokenizer = load_tokenizer(locate(work.student.model))
-    share = Share(context.rank, context.world_size, lanes_for(work.train.batch_size))
-
-    def read(folder: Path, *, gold_only: bool) -> Rows:
-        return read_rows(
-            folder,
-            tokenizer,
-            work.student.max_length,
-            work.label_names,
-            share=share,
-            gold_only=gold_only,
-        )
-
-    rows = read(work.labels, gold_only=False)
-    apart = stopping.held_out(rows.keys, work.train.stopping.held_out_fraction, work.seed)
-    held_out, rows = (
-        (rows.subset(apart), rows.subset(~apart))
-        if apart.any()
-        else (
-            rows.subset(apart),
-            rows,
-        )
-    )
-    if not all_reduce(np.array([float(len(rows))]))[0]:
-        raise StudentError(f"{work.labels}: no labelled row to train on; run python jobs/label.py")
-    validation = None if work.validation is None else read(work.validation, gold_only=True)
-    most = work.train.stopping.gold_rows
-    if validation is not None and most is not None:
-        validation = validation.subset(
-            stopping.first_rows(validation.keys, most, all_reduce=all_reduce)
-        )
-    model = load_untrained(work.student, work.label_names, seed=work.seed)
-    engine = start_engine(
-        model, work.train, work.expert, world_size=context.world_size, device=context.device
-    )
-    decay = work.train.average_decay
-    return _Worker(
-        context=context,
-        work=work,
-        tokenizer=tokenizer,
-        engine=engine,
-        average=Average(engine.module, decay) if decay else None,
-        all_reduce=all_reduce,
-        rows=rows,
-        held_out=held_out.subset(stopping.surest_half(held_out, all_reduce=all_reduce)),
-        validation=validation,
-    )
-
-
 def _is_over(train: TrainSection, progress: Progress) -> bool:
     if stopping.should_stop(progress.epochs, train.stopping.patience):
         return True
@@ -184,7 +77,7 @@ def _is_over(train: TrainSection, progress: Progress) -> bool:
     return progress.epoch >= train.epochs
 
 
-def _run_epoch(worker: _Worker, progress: Progress, memory: RowMemory) -> Progress:
+def _run_epoch(worker: Worker, progress: Progress, memory: RowMemory) -> Progress:
     """Go through one epoch, or what is left of it, and return the progress after it."""
     work, rows, all_reduce = worker.work, worker.rows, worker.all_reduce
     epoch, clock = progress.epoch + 1, [time.perf_counter()]
@@ -228,7 +121,7 @@ def _run_epoch(worker: _Worker, progress: Progress, memory: RowMemory) -> Progre
         "steps": progress.steps + len(plan),
         "row_steps": progress.row_steps + row_steps,
         "loss": loss,
-        **_validate(worker),
+        **validate(worker),
         "scoring_s": clock[1] - clock[0],
         "selection_s": clock[-2] - clock[1],
         "training_s": clock[-1] - clock[-2],
@@ -236,7 +129,7 @@ def _run_epoch(worker: _Worker, progress: Progress, memory: RowMemory) -> Progre
     return progress.after_epoch(steps=len(plan), row_steps=row_steps, epoch_row=epoch_row)
 
 
-def _ask_student(worker: _Worker, epoch: int, memory: RowMemory) -> None:
+def _ask_student(worker: Worker, epoch: int, memory: RowMemory) -> None:
     """Score the rows whose turn it is, and those never scored."""
     train = worker.work.train
     turn, waiting = divmod(epoch - 1, train.scoring_every)
@@ -245,21 +138,21 @@ def _ask_student(worker: _Worker, epoch: int, memory: RowMemory) -> None:
         parts = np.uint64(train.scoring_parts)
         stale |= worker.rows.keys % parts == turn % train.scoring_parts
     positions = np.flatnonzero(stale)
-    memory.student[positions] = _score(worker, worker.rows, positions)
+    memory.student[positions] = score(worker, worker.rows, positions)
 
 
-def _choose(worker: _Worker, progress: Progress, memory: RowMemory) -> Progress:
+def _choose(worker: Worker, progress: Progress, memory: RowMemory) -> Progress:
     """Select the epoch's rows, into the memory, and return the progress with their audit."""
     work, epoch = worker.work, progress.epoch + 1
     asked = needs_student(work.selection, epoch)
-    signals = _signals(worker.rows, memory.student if asked else None)
+    signals = signals_of(worker.rows, memory.student if asked else None)
     selection = _select(worker, signals, progress, epoch)
     memory.keep, memory.weight, memory.target = selection.keep, selection.weight, selection.target
     memory.used |= selection.keep
     return _audited(worker, progress, signals, selection, memory.used)
 
 
-def _select(worker: _Worker, signals: Signals, progress: Progress, epoch: int) -> Selection:
+def _select(worker: Worker, signals: Signals, progress: Progress, epoch: int) -> Selection:
     work, all_reduce = worker.work, worker.all_reduce
     selection = select(
         work.selection,
@@ -275,7 +168,7 @@ def _select(worker: _Worker, signals: Signals, progress: Progress, epoch: int) -
 
 
 def _audited(
-    worker: _Worker, progress: Progress, signals: Signals, selection: Selection, used: Bools
+    worker: Worker, progress: Progress, signals: Signals, selection: Selection, used: Bools
 ) -> Progress:
     context, work, epoch = worker.context, worker.work, progress.epoch + 1
     if context.signals is not None:
@@ -288,7 +181,7 @@ def _audited(
 
 
 def _take_steps(
-    worker: _Worker, progress: Progress, memory: RowMemory, plan: list[Ints]
+    worker: Worker, progress: Progress, memory: RowMemory, plan: list[Ints]
 ) -> tuple[Progress, int, float | None]:
     """Take the steps of an epoch that are left.
 
@@ -310,7 +203,7 @@ def _take_steps(
 
 
 def _choose_and_take_steps(
-    worker: _Worker, progress: Progress, memory: RowMemory, plan: list[Ints]
+    worker: Worker, progress: Progress, memory: RowMemory, plan: list[Ints]
 ) -> tuple[Progress, int, float | None]:
     """Choose among each step's rows by what the student says of them now, and train on those."""
     rows, epoch = worker.rows, progress.epoch + 1
@@ -318,8 +211,8 @@ def _choose_and_take_steps(
     thresholds: dict[str, Floats] = {}
     for at in range(progress.cursor, len(plan)):
         batch = plan[at]
-        memory.student[batch] = _score(worker, rows, batch)
-        signals = _signals(rows, memory.student, batch)
+        memory.student[batch] = score(worker, rows, batch)
+        signals = signals_of(rows, memory.student, batch)
         selection = _select(worker, signals, progress, epoch)
         progress = replace(progress, selection=selection.state)
         thresholds = dict(selection.thresholds)
@@ -335,13 +228,13 @@ def _choose_and_take_steps(
         np.array([memory.keep[seen].sum(), memory.weight[seen].sum()], dtype=np.float64)
     )
     whole = Selection(memory.keep, memory.weight, memory.target, progress.selection, thresholds)
-    signals = _signals(rows, np.nan_to_num(memory.student, nan=1 / len(worker.work.label_names)))
+    signals = signals_of(rows, np.nan_to_num(memory.student, nan=1 / len(worker.work.label_names)))
     progress = _audited(worker, progress, signals, whole, memory.used)
     loss = stepper.loss_sum_of_all() / weight_sum if weight_sum else None
     return progress, int(kept), loss
 
 
-def _stepper(worker: _Worker, progress: Progress, num_steps: int) -> Stepper:
+def _stepper(worker: Worker, progress: Progress, num_steps: int) -> Stepper:
     train, epoch = worker.work.train, progress.epoch + 1
 
     def rate(at: int) -> float:
@@ -366,7 +259,7 @@ def _stepper(worker: _Worker, progress: Progress, num_steps: int) -> Stepper:
 
 
 def _maybe_checkpoint(
-    worker: _Worker, stepper: Stepper, progress: Progress, memory: RowMemory
+    worker: Worker, stepper: Stepper, progress: Progress, memory: RowMemory
 ) -> Progress:
     every = worker.work.train.checkpoint_steps
     if every is None or stepper.at % every:
@@ -380,7 +273,7 @@ def _maybe_checkpoint(
 
 
 def _report(
-    worker: _Worker, progress: Progress, memory: RowMemory, row: dict[str, Any] | None
+    worker: Worker, progress: Progress, memory: RowMemory, row: dict[str, Any] | None
 ) -> None:
     epoch = progress.epoch if row is not None else progress.epoch + 1
     name = f"epoch-{epoch:04d}" + ("" if row is not None else f"-step-{progress.cursor:06d}")
@@ -396,72 +289,3 @@ def _report(
             rank=worker.context.rank,
         )
         worker.context.report(row, Path(folder), name)
-
-
-def _validate(worker: _Worker) -> dict[str, float | None]:
-    """Return the scores of the epoch, None for those there are no rows for."""
-    work = worker.work
-
-    def against(rows: Rows | None, truth: Ints | None) -> tuple[float | None, float | None]:
-        if rows is None or truth is None:
-            return None, None
-        predicted = _score(worker, rows, np.arange(len(rows))).argmax(axis=1)
-        found = stopping.agreement(
-            truth, predicted, len(work.label_names), all_reduce=worker.all_reduce
-        )
-        return found or (None, None)
-
-    gold = worker.validation
-    accuracy, macro_f1 = against(gold, None if gold is None else gold.gold)
-    held_out = worker.held_out if work.train.stopping.held_out_fraction else None
-    scores = {
-        "validation_accuracy": accuracy,
-        "validation_macro_f1": macro_f1,
-        "held_out_macro_f1": against(held_out, worker.held_out.label)[1],
-    }
-    by = stopping.criterion(work.train.stopping, has_gold=gold is not None)
-    return {**scores, stopping.SCORE: scores.get(by)}
-
-
-def _score(worker: _Worker, rows: Rows, positions: Ints) -> Probabilities:
-    """Return the student's probabilities of some rows, [positions, C]."""
-    context, work = worker.context, worker.work
-    needed = np.zeros(context.world_size)
-    needed[context.rank] = -(-len(positions) // work.train.scoring_batch_size)
-    average = worker.average
-    with torch.no_grad(), average.in_place() if average else contextlib.nullcontext():
-        return class_probabilities(
-            worker.engine,
-            rows.tokens,
-            positions,
-            batch_size=work.train.scoring_batch_size,
-            pad_token_id=worker.tokenizer.pad_token_id,
-            num_classes=len(work.label_names),
-            device=context.device,
-            num_batches=int(worker.all_reduce(needed).max()),
-        )
-
-
-def _signals(
-    rows: Rows, student: Probabilities | None, positions: Ints | slice = slice(None)
-) -> Signals:
-    return Signals(
-        keys=rows.keys[positions],
-        label=rows.label[positions],
-        gold=rows.gold[positions],
-        teacher=rows.teacher[positions],
-        student=None if student is None else student[positions],
-    )
-
-
-def sum_over_workers() -> AllReduce:
-    """Return a sum over the workers in float64, through gloo whatever the gradients use."""
-    group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-
-    def all_reduce(values: Floats) -> Floats:
-        tensor = torch.from_numpy(values.copy())
-        dist.all_reduce(tensor, group=group)
-        summed: Floats = tensor.numpy()
-        return summed
-
-    return all_reduce

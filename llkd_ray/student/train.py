@@ -21,10 +21,10 @@ from llkd_ray.student.checkpoint import STUDENT, Progress, read_progress
 from llkd_ray.student.engine import read_expert_settings
 from llkd_ray.student.export import Card, export
 from llkd_ray.student.fit import RUN, fit
-from llkd_ray.student.loop import Work
 from llkd_ray.student.model import check_student
 from llkd_ray.student.static import distilled
 from llkd_ray.student.stopping import criterion
+from llkd_ray.student.worker import Work
 
 _log = logging.getLogger(__name__)
 MODEL = "model"
