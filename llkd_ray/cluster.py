@@ -94,6 +94,9 @@ def ray_session(config: RaySection) -> Iterator[None]:
         return
     address = _address(config)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray starts workers at niceness 15, at which the waiting of vLLM's processes for each other
+    # costs a quarter of an engine's speed where they share all cores.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
