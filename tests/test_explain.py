@@ -20,7 +20,8 @@ def test_a_rows_story_is_told_epoch_by_epoch(small_run: Run) -> None:
     own = next(story for story in tell(lineage.run, row["row_id"]) if story.rule == "llkd")
     assert [at["epoch"] for at in own.epochs] == [1, 2]
     for at in own.epochs:
-        assert at["confidence"] == row["confidence"]
+        # Signals are rounded to a grid, finer than anybody reads.
+        assert at["confidence"] == pytest.approx(row["confidence"], abs=2e-6)
         sure = at["confidence"] >= at["teacher_threshold"]
         assert at["kept"] == (sure and at["uncertainty"] >= at["student_threshold"])
         verdict = f"kept, weight {at['weight']:.3f}" if at["kept"] else "dropped"
