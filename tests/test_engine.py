@@ -39,7 +39,7 @@ def test_an_experts_file_is_laid_over_them_and_keeps_the_rest(tmp_path):
         "wall_clock_breakdown": True,
     }
     file.write_text(json.dumps(expert))
-    train = section(deepspeed=str(file))
+    train = section(deepspeed=str(file), zero_stage=1)
     settings = deepspeed_settings(train, 2, read_expert_settings(train))
     assert settings["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
     assert settings["optimizer"]["params"]["betas"] == [0.9, 0.98]
