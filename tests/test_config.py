@@ -127,3 +127,18 @@ def test_dry_run_prints_the_resolved_experiment_and_makes_nothing(
     assert done.returncode == 0
     assert '"epochs": 7' in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("selection.rule=lkld", "selection.rule = 'lkld': no such rule; did you mean 'llkd'?"),
+        ("student.kind=statics", "student.kind = 'statics': no such kind; did you mean 'static'?"),
+        ("teacher.kind=zzz", "teacher.kind = 'zzz': no such kind; there are vllm, http, scripted"),
+    ],
+)
+def test_a_kind_that_does_not_exist_names_the_near_miss_or_all(override, told):
+    with pytest.raises(ConfigError) as error:
+        load_experiment(QUICKSTART, [override])
+    assert told in str(error.value)
+    assert "input tag" not in str(error.value)

@@ -159,6 +159,12 @@ def _explain(error: ValidationError) -> str:
             return f"{dotted}: unknown key; {hint}{more}"
         case "missing":
             return f"{dotted}: this key must be set{more}"
+        case "union_tag_invalid":
+            chooser, kinds, _ = _KINDS[str(problem["loc"][0])]
+            chosen = str(problem["ctx"]["tag"])
+            near = difflib.get_close_matches(chosen, kinds, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(kinds)}"
+            return f"{dotted}.{chooser} = {chosen!r}: no such {chooser}; {hint}{more}"
         case "value_error":
             return f"{dotted}: {problem['msg'].removeprefix('Value error, ')}{more}"
         case _:
