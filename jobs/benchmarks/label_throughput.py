@@ -4,8 +4,8 @@ Four rates over the same questions on this machine, none while another runs:
 
 - the labelling stage, from its first answered batch to its last;
 - `vllm.LLM.generate` with the same engine arguments on the same prompts, already tokenized, all
-  handed over at once. It runs before and after each run of the stage, so that a drift of the
-  machine meets both;
+  handed over at once, in the processes that it starts by itself. It runs before and after each
+  run of the stage, so that a drift of the machine meets both;
 - the same engine with the block size that vLLM takes on this machine by itself and with the row's
   text first in the prompt, as most people write one;
 - a matrix product, which bounds what any engine could do: FLOPs of the uncached tokens over the
@@ -148,6 +148,7 @@ class Bare:
             "engine": {key: value for key, value in arguments.items() if value is not None},
         }
         environment = engine_environment(teacher.engine, teacher.actors.threads)
+        del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--bare"],
             stdin=subprocess.PIPE,

@@ -64,10 +64,17 @@ class Engine:
             for branch in self._prompt.readout.branches
         ]
         self._numbers = itertools.count()
+        self._warm = False
+        self._warming = asyncio.Lock()
 
     async def read(self, texts: Sequence[str]) -> list[Answer]:
         """Return an answer for each text; see `Teacher.read`."""
         encoded = await asyncio.to_thread(self._prompt.encode, texts)
+        async with self._warming:
+            # What is asked before the shared prefix is in the cache computes it for itself.
+            if not self._warm:
+                await self._read_one(encoded[0])
+                self._warm = True
         return list(await asyncio.gather(*map(self._read_one, encoded)))
 
     def check_health(self) -> None:
@@ -136,6 +143,9 @@ def engine_environment(engine: EngineSection, threads: int) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # The engine's process computes by itself. With a worker process beside it, it would spend a
+        # third of a core on asking whether that has finished.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "GOMP_SPINCOUNT": "2000",
         "KMP_BLOCKTIME": "1",
     }
