@@ -2,7 +2,7 @@
 
 Processes and language model are real, and every kill is a SIGKILL:
 
-- `worker` and `engine`: vLLM's own processes. The actor starts another engine;
+- `engine`: vLLM's own process. The actor starts another;
 - `actor`: the Ray actor that holds the teacher. Ray starts another;
 - `driver`: the job. It is run again;
 - `cluster`: the job, Ray's scheduler and its store, all at once. The job is run again.
@@ -39,7 +39,6 @@ JOBS = Path(__file__).parents[1]
 QUICKSTART = JOBS / "configs/quickstart.toml"
 
 _TITLES = {
-    "worker": ("VLLM::Worker",),
     "engine": ("VLLM::EngineCore",),
     "actor": ("ray::MapWorker(MapBatches(TeacherActor))",),
     "cluster": ("raylet", "gcs_server"),
@@ -67,7 +66,7 @@ class Kill:
 
 QUICK = (Kill("engine", 50), Kill("actor", 50), Kill("driver", 50))
 FULL = (
-    Kill("worker", 40),
+    Kill("engine", 40),
     Kill("engine", 100),
     Kill("actor", 0),
     Kill("actor", 60),
