@@ -1,6 +1,7 @@
 """Let the teacher label the corpus: a label and a calibrated confidence for every row."""
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from llkd_ray.config import Experiment
 
 # Fewer shards are calibrated before a Ray of their own would have started.
 _SHARDS_FOR_RAY = 32
+_EMBEDDED_SHARDS_FOR_RAY = 4
 
 
 def label(experiment: Experiment) -> None:
@@ -94,15 +96,17 @@ def calibrate(experiment: Experiment) -> None:
 
 @contextlib.contextmanager
 def _shard_by_shard(experiment: Experiment) -> Iterator[Any]:
-    """Give a `map` over shards: Ray's tasks where there are many, this process for a few."""
+    """Give a `map` over shards: Ray's tasks where there is much to do, else this process."""
     from llkd_ray.cluster import each, ray_session
     from llkd_ray.lineage import Lineage
 
-    if len(list(Lineage(experiment).readouts.path.glob("*/shard-*.parquet"))) < _SHARDS_FOR_RAY:
+    shards = len(list(Lineage(experiment).readouts.path.glob("*/shard-*.parquet")))
+    embeds = experiment.calibration.kind == "stacked"
+    if shards < (_EMBEDDED_SHARDS_FOR_RAY if embeds else _SHARDS_FOR_RAY):
         yield map
         return
     with ray_session(experiment.ray):
-        yield each
+        yield functools.partial(each, num_cpus=1) if embeds else each
 
 
 def print_plan(experiment: Experiment) -> None:

@@ -35,14 +35,16 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-def each(function: Callable[[In], Out], items: Iterable[In]) -> Iterator[Out]:
+def each(
+    function: Callable[[In], Out], items: Iterable[In], num_cpus: float = TASK_CPUS
+) -> Iterator[Out]:
     """Run a function over items as Ray tasks, and yield the results in the order of the items.
 
     The function and its results are pickled, so both are to be small; a number of items is under
     way at a time, so that neither grows with how many there are. Needs a `ray_session`.
     """
 
-    @ray.remote(num_cpus=TASK_CPUS)
+    @ray.remote(num_cpus=num_cpus)
     def task(item: In) -> Out:
         return function(item)
 

@@ -114,9 +114,12 @@ class Lineage:
     @cached_property
     def labels(self) -> Artifact:
         """Texts with the teacher's calibrated label and confidence."""
-        return self._artifact(
-            "labels", "label", as_tree(self.experiment.calibration), self.corpus, self.readouts
-        )
+        calibration = self.experiment.calibration
+        settings = dict(as_tree(calibration))
+        encoder = settings.pop("encoder")
+        if calibration.kind == "stacked":
+            settings["encoder"] = embedded.revision(encoder)
+        return self._artifact("labels", "label", settings, self.corpus, self.readouts)
 
     @cached_property
     def comparison(self) -> Artifact:

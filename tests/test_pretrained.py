@@ -19,7 +19,7 @@ def test_a_model_that_is_not_there_is_told(model: str) -> None:
     with pytest.raises(TeacherError, match=r"teacher\.model"):
         teacher_folder(model, CACHE)
     with pytest.raises(TeacherError, match=r"teacher\.shots\.encoder"):
-        encoder_folder(model)
+        encoder_folder(model, "teacher.shots.encoder")
 
 
 def test_weights_that_can_run_code_are_refused(tmp_path: Path) -> None:

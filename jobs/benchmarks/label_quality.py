@@ -3,9 +3,9 @@
 Each DATA is a folder with train.parquet and test.parquet, columns `text` and `label`; its name
 chooses the experiment, jobs/configs/NAME.toml. Test rows are labelled as a user would label a
 corpus, by jobs/prepare.py and jobs/label.py; where an experiment takes examples for its prompt from
-gold rows, these are of train.parquet. A fifth as many further test rows fit temperature and vector
-and are not scored. The gold of the scored rows is seen by the score alone. Every figure is one that
-the labels artifact holds.
+gold rows, these are of train.parquet. A fifth as many further test rows fit temperature, vector and
+stacked and are not scored. The gold of the scored rows is seen by the score alone. Every figure is
+one that the labels artifact holds.
 """
 
 import argparse
@@ -31,6 +31,7 @@ CALIBRATIONS = {
     "batch": "batch",
     "temperature": "temperature",
     "vector": "vector",
+    "stacked": "stacked",
 }
 FIGURES = ("accuracy", "macro_f1", "ece", "accuracy_confident_half")
 
@@ -104,6 +105,7 @@ def labelled(
         f"teacher.model={teacher}",
         'teacher.splits=["unlabeled", "validation"]',
         f"teacher.max_unlabeled_rows={rows}",
+        "calibration.kind=stacked",
     ]
     if load_experiment(experiment).task.examples_source is not None:
         overrides.append(f"task.examples_source={folder / 'train.parquet'}")

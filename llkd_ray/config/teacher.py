@@ -95,7 +95,7 @@ class TeacherBase(Section):
 
     splits: tuple[Split, ...] = ("unlabeled", "test")
     """Splits to label. The test split is labelled to score the teacher, never to train; the
-    validation split where `calibration.kind` is `temperature` or `vector`."""
+    validation split where `calibration.kind` is `temperature`, `vector` or `stacked`."""
     max_unlabeled_rows: PositiveInt | None = None
     """Label this many rows of the unlabeled split, the first by row_id, which is a hash; all when
     not given."""
@@ -182,12 +182,16 @@ TeacherSection = Annotated[VLLMTeacher | HTTPTeacher | ScriptedTeacher, Field(di
 class CalibrationSection(Section):
     """How the stored log-probabilities become a label and a confidence."""
 
-    kind: Literal["none", "contextual", "batch", "temperature", "vector"] = "batch"
+    kind: Literal["none", "contextual", "batch", "temperature", "vector", "stacked"] = "batch"
     """`none`: the teacher's own probabilities. `contextual`: divide by its probabilities for texts
     without content (arXiv 2102.09690). `batch`: divide by the mean probability of each label over
     the unlabeled rows (arXiv 2309.17249). `temperature`: `batch`, then one temperature fitted on
     the gold validation rows (arXiv 1706.04599). `vector`: a bias for each label as well, fitted
-    with it, which mends labels given too often or too rarely; a hundred such rows help."""
+    with it, which mends labels given too often or too rarely; a hundred such rows help. `stacked`:
+    what these rows say about texts like this one, too: a logistic regression over the teacher's
+    log-probabilities and an embedding of the text (stacked generalization, Wolpert 1992)."""
+    encoder: Text = "minilm-l6"
+    """Embeds texts for `stacked`: an embedded encoder by name, or a folder."""
     min_label_mass: Fraction = 0.0
     """A row is kept aside where the labels together have a smaller share of the teacher's
     probability: it wanted to say something else."""

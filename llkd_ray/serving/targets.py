@@ -48,7 +48,8 @@ def application_of(
                 task=experiment.task,
                 teacher=teacher,
                 pool=pool_of(experiment),
-                calibration=fitted[experiment.calibration.kind],
+                # Behind the endpoint is the teacher alone, without what was stacked on it.
+                calibration=fitted.get(experiment.calibration.kind, fitted["batch"]),
                 cache=experiment.cache,
             )
             return teacher_app(model, f"teacher-{labels.fingerprint}", config)

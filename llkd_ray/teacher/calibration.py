@@ -23,7 +23,7 @@ Ints = npt.NDArray[np.int64]
 
 _TEMPERATURES = (0.05, 20.0)
 # Of a label against the likeliest one: a probability of zero says no more than this.
-_LEAST_LOGIT = -50.0
+LEAST_LOGIT = -50.0
 _NEWTON_STEPS = 100
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -106,7 +106,7 @@ def fit_vector(logits: Floats, gold: Ints) -> tuple[float, Floats]:
         The scale, from 0.05 to 20, and the biases [C]: `scale * logits + bias` is calibrated.
     """
     rows, num_classes = logits.shape
-    x = np.maximum(logits - logits.max(axis=1, keepdims=True), _LEAST_LOGIT)
+    x = np.maximum(logits - logits.max(axis=1, keepdims=True), LEAST_LOGIT)
     right = np.eye(num_classes)[gold]
     held = 2 / rows
 

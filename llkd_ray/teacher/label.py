@@ -33,11 +33,15 @@ from llkd_ray.teacher.calibration import (
     softmax,
     write_calibrations,
 )
+from llkd_ray.teacher.embedding import Encoder
+from llkd_ray.teacher.stacking import Stacking, fit_stacking
 from llkd_ray.teacher.usable import Shard, SplitRows, Tally
 
 _BINS = 10
 # Ids are hashes, so the first rows are a fair sample, and one number needs no more of them.
 _TEMPERATURE_ROWS = 50_000
+# More gold than this would train a student by itself.
+_STACKED_ROWS = 5_000
 
 # Runs a function on every shard, anywhere, and yields the results in the shards' order.
 Each = Callable[[Callable[[Shard], Any], Iterable[Shard]], Iterable[Any]]
@@ -112,15 +116,19 @@ def label(
     tallies = usable.gather(each(sift, shards), len(label_names), aside)
     usable.check_rejected(tallies, max_rejected_fraction, aside)
     unlabeled = tallies.get("unlabeled", Tally(np.zeros(len(label_names))))
-    fitted = _fit(calibration, shards, unlabeled, readouts, label_names)
+    known = _validation(shards, label_names, minimum)
+    fitted = _fit(calibration.kind, unlabeled, readouts, known)
     write_calibrations(folder / "calibrations.json", fitted)
+    stacking = (
+        _stack(calibration, fitted["batch"], known) if calibration.kind == "stacked" else None
+    )
     for split in tallies:
         (folder / split).mkdir()
     write = functools.partial(
         _write,
-        min_label_mass=minimum,
         fitted=fitted,
-        chosen=calibration.kind,
+        stacking=stacking,
+        calibration=calibration,
         label_names=label_names,
     )
     judged: dict[str, list[_Judged]] = {split: [] for split in tallies}
@@ -129,7 +137,8 @@ def label(
     splits = {split: tally.rows() for split, tally in tallies.items()}
     for split, counted in splits.items():
         assert sum(part.rows for part in judged[split]) == counted.kept, f"{split}: rows got lost"
-    quality = _judge(judged, tuple(fitted), len(label_names), folder / "reliability.parquet")
+    kinds = (*fitted, "stacked") if stacking else tuple(fitted)
+    quality = _judge(judged, kinds, len(label_names), folder / "reliability.parquet")
     own = quality[calibration.kind].get("unlabeled")
     raw = quality["none"].get("unlabeled")
     return Labelled(
@@ -149,14 +158,8 @@ def label(
     )
 
 
-def _fit(
-    config: CalibrationSection,
-    shards: Sequence[Shard],
-    unlabeled: Tally,
-    readouts: Path,
-    label_names: Sequence[str],
-) -> dict[str, Calibration]:
-    """Fit every calibration that there is something to fit it on, by kind.
+def _fit(kind: str, unlabeled: Tally, readouts: Path, known: "_Known") -> dict[str, Calibration]:
+    """Fit every calibration of log-probabilities that there is something to fit on, by kind.
 
     `batch` takes the mean of the normalised probabilities over the unlabeled split for the
     teacher's prior, and so assumes the labels to be about equally frequent; `contextual` takes
@@ -164,7 +167,8 @@ def _fit(
 
     Source: arXiv 2309.17249, with the whole corpus for a batch; arXiv 2102.09690.
     """
-    fitted = {"none": Calibration((0.0,) * len(label_names))}
+    num_classes = known.logprobs.shape[1]
+    fitted = {"none": Calibration((0.0,) * num_classes)}
     content_free = readouts / "content_free.parquet"
     if content_free.is_file():
         told = usable.read_answers(content_free, min_label_mass=0.0).logprobs
@@ -173,14 +177,26 @@ def _fit(
     if unlabeled.kept:
         batch = Calibration.dividing_by(unlabeled.probabilities / unlabeled.kept)
         fitted["batch"] = batch
-        logprobs, gold = _validation(shards, label_names, config.min_label_mass)
-        if len(gold):
-            logits = batch.logits(logprobs)
-            fitted["temperature"] = replace(batch, temperature=fit_temperature(logits, gold))
-            fitted["vector"] = batch.corrected(*fit_vector(logits, gold))
-    if config.kind not in fitted:
-        raise TeacherError(_why_not(config.kind, fitted, content_free))
+        if len(known.gold):
+            logits = batch.logits(known.logprobs)
+            fitted["temperature"] = replace(batch, temperature=fit_temperature(logits, known.gold))
+            fitted["vector"] = batch.corrected(*fit_vector(logits, known.gold))
+    if ("vector" if kind == "stacked" else kind) not in fitted:
+        raise TeacherError(_why_not(kind, fitted, content_free))
     return fitted
+
+
+def _stack(config: CalibrationSection, teacher: Calibration, known: "_Known") -> Stacking:
+    """Stack an encoder's embeddings on the teacher's answers."""
+    rows = slice(_STACKED_ROWS)
+    embeddings = _encoder(config.encoder).embed(known.texts[rows])
+    return fit_stacking(teacher, known.logprobs[rows], embeddings, known.gold[rows])
+
+
+@functools.cache
+def _encoder(name: str) -> Encoder:
+    """Load an encoder once in a process."""
+    return Encoder(name, "calibration.encoder")
 
 
 def _why_not(kind: str, fitted: Mapping[str, Calibration], content_free: Path) -> str:
@@ -202,25 +218,36 @@ def _why_not(kind: str, fitted: Mapping[str, Calibration], content_free: Path) -
     )
 
 
+@dataclass(frozen=True)
+class _Known:
+    """Validation rows whose gold can be learned from."""
+
+    logprobs: Floats
+    """[N, C]"""
+    gold: Ints
+    """[N]"""
+    texts: list[str]
+
+
 def _validation(
     shards: Sequence[Shard], label_names: Sequence[str], min_label_mass: float
-) -> tuple[Floats, Ints]:
-    """Return log-probabilities [N, C] and gold [N] of validation rows that have it."""
-    logprobs, gold, rows = [np.empty((0, len(label_names)))], [np.empty(0, dtype=np.int64)], 0
+) -> _Known:
+    """Read the validation rows that have gold."""
+    logprobs, gold = [np.empty((0, len(label_names)))], [np.empty(0, dtype=np.int64)]
+    texts: list[str] = []
     for shard in shards:
-        if shard.split == "validation" and rows < _TEMPERATURE_ROWS:
+        if shard.split == "validation" and len(texts) < _TEMPERATURE_ROWS:
             answers = usable.read_answers(shard.readouts, min_label_mass)
-            of_shard = _positions(
-                usable.texts_of(shard, answers.row_ids).column("gold"), label_names
-            )
+            rows = usable.texts_of(shard, answers.row_ids)
+            of_shard = _positions(rows.column("gold"), label_names)
             # Where gold has no probability at all, no temperature gives it any.
             known = (of_shard >= 0) & np.isfinite(
                 answers.logprobs[np.arange(len(of_shard)), of_shard]
             )
             logprobs.append(answers.logprobs[known])
             gold.append(of_shard[known])
-            rows += int(known.sum())
-    return np.concatenate(logprobs), np.concatenate(gold)
+            texts += rows.column("text").filter(pa.array(known)).to_pylist()
+    return _Known(np.concatenate(logprobs), np.concatenate(gold), texts)
 
 
 def _positions(gold: pa.ChunkedArray, label_names: Sequence[str]) -> Ints:
@@ -246,17 +273,21 @@ class _Judged:
 def _write(
     shard: Shard,
     *,
-    min_label_mass: float,
     fitted: Mapping[str, Calibration],
-    chosen: str,
+    stacking: Stacking | None,
+    calibration: CalibrationSection,
     label_names: tuple[str, ...],
 ) -> _Judged:
     """Write a shard's labels."""
-    answers = usable.read_answers(shard.readouts, min_label_mass)
+    answers = usable.read_answers(shard.readouts, calibration.min_label_mass)
     texts = usable.texts_of(shard, answers.row_ids)
     probabilities = {
-        kind: calibration.probabilities(answers.logprobs) for kind, calibration in fitted.items()
+        kind: of_kind.probabilities(answers.logprobs) for kind, of_kind in fitted.items()
     }
+    if stacking is not None:
+        embeddings = _encoder(calibration.encoder).embed(texts.column("text").to_pylist())
+        probabilities["stacked"] = stacking.probabilities(answers.logprobs, embeddings)
+    chosen = calibration.kind
     predicted = {kind: values.argmax(axis=1) for kind, values in probabilities.items()}
     confidence = {
         kind: values.max(axis=1).astype(np.float32) for kind, values in probabilities.items()

@@ -35,19 +35,20 @@ def teacher_folder(model: str, cache: str) -> Path:
     return _named_folder("teacher.model", model, embedded.TEACHERS)
 
 
-def encoder_folder(model: str) -> Path:
-    """Return the folder of the encoder that finds the nearest examples.
+def encoder_folder(model: str, setting: str) -> Path:
+    """Return the folder of an encoder that embeds texts.
 
     Args:
         model: An embedded encoder's name, a folder with safetensors and a tokenizer, or a model
             of the hub with its revision.
+        setting: That names it, for the error.
 
     Raises:
         TeacherError: There is no such encoder.
     """
     if model in embedded.STUDENTS:
         return embedded.locate(embedded.STUDENTS[model])
-    return _named_folder("teacher.shots.encoder", model, embedded.STUDENTS)
+    return _named_folder(setting, model, embedded.STUDENTS)
 
 
 def _named_folder(setting: str, model: str, known: Iterable[str]) -> Path:

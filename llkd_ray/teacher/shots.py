@@ -6,21 +6,14 @@ Shape legend: N texts, P examples in the pool, D numbers in an embedding.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from llkd_ray.config import Example, ShotsSection, TaskSection
 from llkd_ray.errors import TeacherError
-from llkd_ray.teacher.pretrained import encoder_folder
+from llkd_ray.teacher.embedding import Encoder, Floats
 from llkd_ray.teacher.wording import one_line
-
-_BATCH = 32
-# Sentence encoders are trained on a few sentences; what comes after changes the mean little.
-_MAX_TOKENS = 256
-
-Floats = npt.NDArray[np.float32]
 
 
 class Shots(Protocol):
@@ -60,7 +53,7 @@ def choose_shots(task: TaskSection, section: ShotsSection, pool: Sequence[Exampl
             "teacher.shots.kind = 'nearest': there are no examples to choose from; give "
             "task.examples or task.examples_source"
         )
-    encoder = _Encoder(section.encoder)
+    encoder = Encoder(section.encoder, "teacher.shots.encoder")
     embeddings = encoder.embed([example.text for example in examples])
     return NearestShots(examples, section.nearest, encoder, embeddings)
 
@@ -115,7 +108,7 @@ class NearestShots:
 
     candidates: tuple[Example, ...]
     own_count: int
-    encoder: "_Encoder"
+    encoder: Encoder
     embeddings: Floats
     """Of the candidates, length 1 each [P, D]."""
     shared: tuple[Example, ...] = ()
@@ -131,40 +124,3 @@ class NearestShots:
         ranked = (self.candidates[at] for at in np.argsort(-likeness, kind="stable"))
         others = [example for example in ranked if one_line(example.text) != text]
         return tuple(reversed(others[: self.own_count]))
-
-
-class _Encoder:
-    """Embeds texts, in float32 on the CPU."""
-
-    def __init__(self, name: str) -> None:
-        # Heavy, and only `nearest` needs them.
-        import torch
-        from tokenizers import Tokenizer
-        from transformers import AutoModel, AutoTokenizer
-
-        folder = encoder_folder(name)
-        loading: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(folder, **loading)
-        # A copy whose settings never change again, so that threads can share it.
-        self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._tokenizer.enable_truncation(min(_MAX_TOKENS, tokenizer.model_max_length))
-        self._tokenizer.enable_padding(pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
-        self._model = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, **loading
-        ).eval()
-
-    def embed(self, texts: Sequence[str]) -> Floats:
-        """Return the mean of each text's last hidden states, scaled to length 1 [N, D]."""
-        import torch
-
-        parts = [np.zeros((0, self._model.config.hidden_size), dtype=np.float32)]
-        for start in range(0, len(texts), _BATCH):
-            rows = self._tokenizer.encode_batch(list(texts[start : start + _BATCH]))
-            mask = torch.tensor([row.attention_mask for row in rows])
-            with torch.inference_mode():
-                states = self._model(
-                    input_ids=torch.tensor([row.ids for row in rows]), attention_mask=mask
-                ).last_hidden_state
-                means = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-                parts.append(torch.nn.functional.normalize(means, dim=1).numpy())
-        return np.concatenate(parts)
