@@ -249,7 +249,8 @@ def _usable(
     if isinstance(row.text, sources.Unreadable):
         return row.text
     text = row.text.strip() if isinstance(row.text, str) else row.text
-    gold = None if row.gold is None else str(row.gold)
+    # A CSV has no other way to say that there is none.
+    gold = None if row.gold is None or row.gold == "" else str(row.gold)
     problem = _problem(text, max_chars)
     if problem is None and gold is not None and gold not in names:
         problem = f"gold value {gold[:40]!r} is not among task.labels"

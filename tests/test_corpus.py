@@ -307,3 +307,16 @@ def test_a_job_on_a_bad_source_leaves_no_corpus(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.glob("runs/quickstart/corpus-*"))
+
+
+def test_an_empty_cell_is_a_row_without_gold(tmp_path: Path) -> None:
+    source = tmp_path / "half.csv"
+    source.write_text("text,label\nfirst,1\nsecond,\nthird,0\n")
+    counts, splits, aside = prepared(tmp_path, config(source, gold_column="label"))
+    rows = [row for split in splits.values() for row in split]
+    assert {row["text"]: row["gold"] for row in rows} == {
+        "first": "good",
+        "second": None,
+        "third": "bad",
+    }
+    assert (counts.rejected, aside) == (0, [])

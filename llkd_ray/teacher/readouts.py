@@ -7,7 +7,7 @@ corpus's order, checked row by row.
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ from llkd_ray.teacher.ledger import Ledger, range_name
 from llkd_ray.teacher.tally import Tally
 
 CONTENT_FREE_FILE = "content_free.parquet"
+# Ray Data keeps 2 KB for each batch in the driver until a dataset is done. A corpus of any size is
+# asked about in datasets of 100 MB at most; between two of them the teachers start anew.
+_WINDOW_BATCHES = 50_000
 
 
 @dataclass(frozen=True)
@@ -121,8 +124,9 @@ def read_out(corpus: Path, folder: Path, opening: Opening, ledger: Ledger) -> An
             todo = list(_unanswered([free, *shards], ledger, teacher.attempts))
             if not todo:
                 break
-            tally.begin(sum(rows for _, rows in todo))
-            _ask([shard for shard, _ in todo], opening, ledger, tally)
+            with tally.shown(sum(rows for _, rows in todo)):
+                for shards_of_window in _windows(todo, _WINDOW_BATCHES * teacher.batch_size):
+                    _ask(shards_of_window, opening, ledger, tally)
         for _ in each(ledger.compact, ledger.open_folders()):
             pass
     _seal(free, ledger)
@@ -151,6 +155,20 @@ def read_out(corpus: Path, folder: Path, opening: Opening, ledger: Ledger) -> An
         duplicates=counts["duplicates"],
         cost_usd=tally.cost_usd,
     )
+
+
+def _windows(todo: Iterable[tuple[Shard, int]], max_rows: int) -> Iterator[list[Shard]]:
+    """Cut shards with their rows to ask about into runs of so many rows, a shard at least."""
+    window: list[Shard] = []
+    rows_of_window = 0
+    for shard, rows in todo:
+        if window and rows_of_window + rows > max_rows:
+            yield window
+            window, rows_of_window = [], 0
+        window.append(shard)
+        rows_of_window += rows
+    if window:
+        yield window
 
 
 def _ask(shards: list[Shard], opening: Opening, ledger: Ledger, tally: Tally) -> None:
@@ -196,11 +214,10 @@ def _ask(shards: list[Shard], opening: Opening, ledger: Ledger, tally: Tally) ->
         **resources,
     )
     try:
-        with tally.shown():
-            for batch in counts.iter_batches(
-                batch_size=None, batch_format="pyarrow", prefetch_batches=0
-            ):
-                tally.add(batch)
+        for batch in counts.iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        ):
+            tally.add(batch)
     except ray.exceptions.RayTaskError as error:
         # What the teacher itself said is what the user can act on; the rest is ours.
         if isinstance(error.cause, TeacherError):

@@ -104,7 +104,7 @@ def _fit(
         optimizer.step(closure)  # type: ignore[no-untyped-call]
     full = np.zeros((embeddings.shape[1], num_classes))
     full[: len(weights)] = weights.detach().numpy()
-    return float(scale), bias.detach().numpy(), full
+    return scale.item(), bias.detach().numpy(), full
 
 
 def _floored(logits: Floats) -> Floats:

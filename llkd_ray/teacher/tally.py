@@ -25,7 +25,6 @@ class Tally:
         self.labels: npt.NDArray[np.int64] = np.zeros(len(opening.task.labels), dtype=np.int64)
         self._opening = opening
         self._taken = taken
-        self._to_ask = 0
         self._alive_s: dict[str, float] = {}
         # The first batch ends the start-up of the engine; rates are of what comes after it.
         self._first: tuple[float, int, int] | None = None
@@ -70,15 +69,11 @@ class Tally:
             case _:
                 return 0.0
 
-    def begin(self, to_ask: int) -> None:
-        """Begin an attempt at a number of rows."""
-        self._to_ask = to_ask
-
     @contextlib.contextmanager
-    def shown(self) -> Iterator[None]:
-        """Show progress for the length of the block."""
-        total = max(self._taken, self._to_ask)
-        with progress("label", "rows", total, total - self._to_ask) as self._bar:
+    def shown(self, to_ask: int) -> Iterator[None]:
+        """Show progress for the length of an attempt at a number of rows."""
+        total = max(self._taken, to_ask)
+        with progress("label", "rows", total, total - to_ask) as self._bar:
             yield
 
     def add(self, batch: pa.Table) -> None:
