@@ -41,6 +41,7 @@ def train_one(experiment: Experiment, rule: str) -> None:
             section=experiment.train,
             seed=experiment.seed,
             cache=experiment.cache,
+            calibration=experiment.calibration.kind,
         )
         draft.rows, draft.details = trained.rows, trained.details
     details = trained.details

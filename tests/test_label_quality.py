@@ -61,7 +61,7 @@ def test_quick_gives_every_calibrations_figures_and_runs_that_are_kept_are_not_d
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     of_teacher = figures["trec6"]["smollm2-135m-instruct"]
-    assert set(of_teacher) == {"raw", "contextual", "batch", "temperature", "vector"}
+    assert set(of_teacher) == {"raw", "contextual", "batch", "temperature", "vector", "stacked"}
     for of_calibration in of_teacher.values():
         assert of_calibration["rows"] == figures["rows"] == 100
         assert all(0 <= value <= 1 for name, value in of_calibration.items() if name != "rows")

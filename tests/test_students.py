@@ -103,6 +103,9 @@ def test_it_trains_goes_on_and_answers_alike_wherever_it_is_asked(tmp_path, work
     folder = tmp_path / "model"
     export(tmp_path / "resumed/epoch-0002/student", folder, card)
     told = (folder / "README.md").read_text()
+    assert "no human label was trained on" in told
+    export(tmp_path / "resumed/epoch-0002/student", folder, replace(card, calibration="stacked"))
+    assert "calibrated (`stacked`) on validation rows" in (folder / "README.md").read_text()
     plain = isinstance(student, EncoderStudent) and student.head == "own"
     assert ("import llkd_ray.student.model" in told) != plain
     assert not list(folder.glob("*.py"))

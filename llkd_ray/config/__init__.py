@@ -30,6 +30,7 @@ from llkd_ray.config.student import (
 )
 from llkd_ray.config.task import CorpusSection, Example, Label, TaskSection
 from llkd_ray.config.teacher import (
+    ON_GOLD,
     ActorsSection,
     CalibrationSection,
     EngineSection,
@@ -42,6 +43,7 @@ from llkd_ray.config.teacher import (
 )
 
 __all__ = [
+    "ON_GOLD",
     "ActorsSection",
     "AllRule",
     "BenchSection",

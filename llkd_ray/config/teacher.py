@@ -179,6 +179,10 @@ class ScriptedTeacher(TeacherBase):
 TeacherSection = Annotated[VLLMTeacher | HTTPTeacher | ScriptedTeacher, Field(discriminator="kind")]
 
 
+ON_GOLD = ("temperature", "vector", "stacked")
+"""Kinds of calibration that are fitted on validation rows with gold."""
+
+
 class CalibrationSection(Section):
     """How the stored log-probabilities become a label and a confidence."""
 

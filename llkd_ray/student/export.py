@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llkd_ray.artifacts import write_text
+from llkd_ray.config import ON_GOLD
 from llkd_ray.student.architectures import OURS
 
 
@@ -25,6 +26,8 @@ class Card:
     epochs: int
     details: Mapping[str, Any]
     """Those of `train.Trained`."""
+    calibration: str = "batch"
+    """Kind of calibration of the labels."""
 
 
 def export(student: Path, out: Path, card: Card) -> None:
@@ -77,7 +80,7 @@ Texts are read up to {card.max_length} tokens.
 ## How it was made
 
 - Student before training: {card.student}, with a fresh classification head.
-- Labels: {card.rows} texts labelled by a language model; no human label was trained on.
+- Labels: {card.rows} texts labelled by a language model; {_gold(card)}.
 - Rows chosen by the rule `{card.rule}` (LLKD: arXiv 2411.08028): {used} of all row-steps were
   trained on, in {card.details["steps"]} optimizer steps.
 - {_chosen(card)}
@@ -87,6 +90,17 @@ Texts are read up to {card.max_length} tokens.
 Labels of a language model are wrong now and then, and a student learns some of its mistakes:
 measure it on texts labelled by people before relying on it.
 """
+
+
+def _gold(card: Card) -> str:
+    if card.rule == "gold":
+        return "trained on were the human labels of those that have one"
+    if card.calibration in ON_GOLD:
+        return (
+            f"its answers were calibrated (`{card.calibration}`) on validation rows with a human "
+            "label, and no other one was trained on"
+        )
+    return "no human label was trained on"
 
 
 def _chosen(card: Card) -> str:

@@ -56,6 +56,7 @@ def train(
     section: TrainSection,
     seed: int,
     cache: str,
+    calibration: str = "batch",
 ) -> Trained:
     """Train a student on the teacher's labels and leave the best epoch as a plain model.
 
@@ -80,6 +81,7 @@ def train(
         section: How to train.
         seed: Of head, order and dropout.
         cache: Folder for converted models.
+        calibration: Kind of the labels' calibration, for the model card.
 
     Raises:
         ConfigError: The experiment wants gold where there is none, or `train.deepspeed` is wrong.
@@ -124,6 +126,7 @@ def train(
         rule=selection.rule,
         epochs=progress.epoch,
         details=details,
+        calibration=calibration,
     )
     export(best / STUDENT, out / MODEL, card)
     shutil.rmtree(out / RUN)
