@@ -142,3 +142,11 @@ def test_a_kind_that_does_not_exist_names_the_near_miss_or_all(override, told):
         load_experiment(QUICKSTART, [override])
     assert told in str(error.value)
     assert "input tag" not in str(error.value)
+
+
+def test_a_calibration_on_gold_asks_for_the_rows_that_have_it_before_anything_is_labelled() -> None:
+    with pytest.raises(ConfigError, match=r"toml: calibration\.kind = .* validation rows: set "):
+        load_experiment(QUICKSTART, ["calibration.kind=stacked"])
+    split = 'teacher.splits=["unlabeled", "validation"]'
+    asked = load_experiment(QUICKSTART, ["calibration.kind=stacked", split])
+    assert asked.calibration.encoder == "minilm-l6"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, NonNegativeInt, ValidationError
+from pydantic import BaseModel, NonNegativeInt, ValidationError, model_validator
 
 from llkd_ray.config.compare import CompareSection
 from llkd_ray.config.endpoint import BenchSection, RaySection, ServeSection
@@ -25,6 +25,7 @@ from llkd_ray.config.student import (
 )
 from llkd_ray.config.task import CorpusSection, TaskSection
 from llkd_ray.config.teacher import (
+    ON_GOLD,
     CalibrationSection,
     HTTPTeacher,
     ScriptedTeacher,
@@ -68,6 +69,16 @@ class Experiment(Section):
     serve: ServeSection = ServeSection()
     bench: BenchSection = BenchSection()
     ray: RaySection = RaySection()
+
+    @model_validator(mode="after")
+    def _gold_is_labelled(self) -> "Experiment":
+        kind = self.calibration.kind
+        if kind in ON_GOLD and not {"unlabeled", "validation"} <= set(self.teacher.splits):
+            raise ValueError(
+                f'calibration.kind = "{kind}" is fitted on the teacher\'s answers about validation '
+                'rows: set teacher.splits = ["unlabeled", "validation", "test"]'
+            )
+        return self
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -166,7 +177,8 @@ def _explain(error: ValidationError) -> str:
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(kinds)}"
             return f"{dotted}.{chooser} = {chosen!r}: no such {chooser}; {hint}{more}"
         case "value_error":
-            return f"{dotted}: {problem['msg'].removeprefix('Value error, ')}{more}"
+            where = f"{dotted}: " if dotted else ""
+            return f"{where}{problem['msg'].removeprefix('Value error, ')}{more}"
         case _:
             message = problem["msg"][0].lower() + problem["msg"][1:]
             return f"{dotted} = {problem['input']!r}: {message}{more}"
