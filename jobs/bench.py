@@ -23,7 +23,7 @@ def bench(experiment: Experiment) -> None:
     from llkd_ray.lineage import Lineage
 
     lineage = Lineage(experiment)
-    for needed in (lineage.corpus, lineage.labels, lineage.student()):
+    for needed in (lineage.corpus, lineage.labels, lineage.served):
         needed.require()
     artifact = lineage.bench
     if artifact.made:

@@ -22,7 +22,7 @@ def run(experiment: Experiment) -> None:
     lineage = Lineage(experiment)
     prepare.prepare(experiment)
     has_gold = lineage.corpus.manifest().details["test"] > 0
-    artifacts = [lineage.labels, *lineage.students.values(), lineage.bench]
+    artifacts = [lineage.labels, *lineage.students.values(), lineage.served, lineage.bench]
     if has_gold:
         artifacts.append(lineage.scores)
     if not all(artifact.made for artifact in artifacts):

@@ -11,6 +11,8 @@ def train(experiment: Experiment) -> None:
 
     for rule in Lineage(experiment).students:
         train_one(experiment, rule)
+    if experiment.serve.on_onnx:
+        export(experiment)
 
 
 def train_one(experiment: Experiment, rule: str) -> None:
@@ -54,6 +56,32 @@ def train_one(experiment: Experiment, rule: str) -> None:
         f"train: wrote {artifact.path}: rule {rule}, {details['rows_used_fraction']:.0%} of "
         f"row-steps in {details['steps']} steps, epoch {details['best_epoch']} is best{scores}"
     )
+
+
+def export(experiment: Experiment) -> None:
+    """Turn the experiment's own student into what ONNX Runtime serves on a CPU."""
+    from llkd_ray.lineage import Lineage
+
+    lineage = Lineage(experiment)
+    artifact = lineage.onnx
+    if artifact.made:
+        print(f"train: {artifact.path} is there already")
+        return
+
+    from llkd_ray.artifacts import make
+    from llkd_ray.student.onnx import export_onnx
+    from llkd_ray.student.train import MODEL
+
+    with make(artifact) as draft:
+        exported = export_onnx(
+            lineage.student().path / MODEL,
+            draft.folder / MODEL,
+            corpus=lineage.corpus.path,
+            section=experiment.export,
+            max_length=experiment.student.max_length,
+        )
+        draft.rows, draft.details = exported.rows, exported.details
+    print(f"train: wrote {artifact.path}: {exported.summary}")
 
 
 if __name__ == "__main__":

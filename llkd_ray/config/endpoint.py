@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import model_validator as validator
 
 from llkd_ray.config.section import Section
 
@@ -15,13 +16,18 @@ class ServeSection(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """0 takes a free port."""
     num_replicas: PositiveInt = 1
-    cpus_per_replica: PositiveFloat = 1.0
+    cpus_per_replica: PositiveFloat = 2.0
     gpus_per_replica: NonNegativeFloat = 0.0
-    threads_per_replica: PositiveInt = 2
-    """Threads of one replica on a CPU."""
+    threads_per_replica: PositiveInt | None = None
+    """Threads of one replica on a CPU; as many as its CPUs when not given."""
+    backend: Literal["auto", "torch", "onnx", "onnx-int8"] = "auto"
+    """What computes the student. auto: torch on a GPU; on a CPU ONNX Runtime, in int8 where the
+    export accepted it, else in float32 (`onnx`)."""
     max_batch_texts: PositiveInt = 16
     """Texts that one forward pass of the student takes at most. Small passes waste less on padding
     and are the fastest on a CPU; a GPU wants 64 or more."""
+    max_batch_tokens: PositiveInt = 2048
+    """Tokens that one forward pass of the student takes at most, padding included."""
     batch_wait_ms: NonNegativeFloat = 0.0
     """How long an idle student lets a request wait for others to share its pass. Requests that
     come while it computes share the next pass anyway."""
@@ -36,6 +42,25 @@ class ServeSection(Section):
     """The job gives up when the endpoint does not answer by then."""
     token_env: str | None = None
     """Name of the environment variable with the bearer token; no token is asked for without it."""
+
+    @property
+    def threads(self) -> int:
+        """Return the threads of one replica on a CPU."""
+        return self.threads_per_replica or max(1, int(self.cpus_per_replica))
+
+    @property
+    def on_onnx(self) -> bool:
+        """Return whether the student is served by ONNX Runtime."""
+        return self.backend != "torch" and not self.gpus_per_replica
+
+    @validator(mode="after")
+    def _fits_together(self) -> "ServeSection":
+        if self.backend.startswith("onnx") and self.gpus_per_replica:
+            raise ValueError(
+                f"backend = {self.backend!r} computes on CPUs; with gpus_per_replica choose "
+                "'torch' or 'auto'"
+            )
+        return self
 
 
 class BenchSection(Section):

@@ -19,6 +19,7 @@ from llkd_ray.config.selection import RULES, LLKDRule, SelectionSection
 from llkd_ray.config.student import (
     EncoderStudent,
     EvaluateSection,
+    ExportSection,
     StaticStudent,
     StudentSection,
     TrainSection,
@@ -64,6 +65,7 @@ class Experiment(Section):
     selection: SelectionSection = LLKDRule()
     student: StudentSection = EncoderStudent()
     train: TrainSection = TrainSection()
+    export: ExportSection = ExportSection()
     evaluate: EvaluateSection = EvaluateSection()
     compare: CompareSection = CompareSection()
     serve: ServeSection = ServeSection()

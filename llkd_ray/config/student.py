@@ -162,6 +162,19 @@ class TrainSection(Section):
         return self
 
 
+class ExportSection(Section):
+    """The student for CPUs: ONNX in float32 and, where its answers hold, in int8."""
+
+    int8: bool = True
+    max_accuracy_drop: Fraction = 0.01
+    """int8 is refused when its accuracy on gold rows is lower than float32's by more than this."""
+    max_changed: Fraction = 0.02
+    """int8 is refused, where there is no gold, when the share of rows with another prediction than
+    float32's is larger than this."""
+    max_rows: PositiveInt = 2000
+    """Rows to compare on at most: of the test split, else of validation, else unlabeled ones."""
+
+
 class EvaluateSection(Section):
     """What is scored on the gold test rows."""
 

@@ -26,8 +26,10 @@ from llkd_ray.serving.protocol import (
 )
 from llkd_ray.serving.student import StudentClassifier, student_labels
 from llkd_ray.serving.teacher import TeacherClassifier, TeacherModel
+from llkd_ray.student.runtime import onnx_file
 from llkd_ray.teacher.engine import engine_environment
 
+_log = logging.getLogger(__name__)
 APP = "llkd"
 _POLL_S = 0.2
 _SHUTDOWN_S = 30.0
@@ -68,18 +70,23 @@ def student_app(
     """Describe the student's endpoint.
 
     Args:
-        folder: Plain Hugging Face folder, at the same path on every node that serves.
+        folder: Of the exported student, plain or for ONNX Runtime, at the same path on every node
+            that serves.
         name: What the endpoint calls itself.
         max_length: Tokens of a text that the student reads.
         config: The endpoint.
 
     Raises:
-        StudentError: There is no student in the folder.
+        StudentError: There is no student in the folder, or not in the form of `serve.backend`.
         ConfigError: The token's environment variable is empty.
     """
     card = model_card("student", name, student_labels(folder), config)
+    file = onnx_file(folder, config.backend)
+    _log.info("the student is computed by %s", f"ONNX Runtime, {file.name}" if file else "torch")
     open_model = functools.partial(StudentClassifier, folder, max_length, config)
-    return _app(open_model, card, config, _BRIEF_SPIN)
+    # The tokenizer's own threads: they would be as many as the machine has cores.
+    environment = {**_BRIEF_SPIN, "RAYON_NUM_THREADS": str(config.threads)}
+    return _app(open_model, card, config, environment)
 
 
 def teacher_app(model: TeacherModel, name: str, config: ServeSection) -> serve.Application:
@@ -94,7 +101,7 @@ def teacher_app(model: TeacherModel, name: str, config: ServeSection) -> serve.A
         ConfigError: The token's environment variable is empty.
     """
     card = model_card("teacher", name, model.task.label_names, config)
-    environment = engine_environment(model.teacher.engine, config.threads_per_replica)
+    environment = engine_environment(model.teacher.engine, config.threads)
     return _app(functools.partial(TeacherClassifier, model), card, config, environment)
 
 

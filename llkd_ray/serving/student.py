@@ -1,23 +1,27 @@
-"""The student behind the protocol: a plain Hugging Face folder, torch, one batch at a time.
+"""The student behind the protocol: one batch at a time, in ONNX Runtime or torch.
 
 Shape legend: N texts, C classes.
 """
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from llkd_ray.config import ServeSection
 from llkd_ray.errors import StudentError
 from llkd_ray.serving.batching import Batcher
-from llkd_ray.student.model import load_student, locate
-
-Floats = npt.NDArray[np.float64]
+from llkd_ray.student.batches import tokenize
+from llkd_ray.student.model import load_tokenizer
+from llkd_ray.student.runtime import (
+    Floats,
+    cut_passes,
+    onnx_file,
+    onnx_network,
+    probabilities,
+    torch_network,
+)
 
 # Requests share a call of up to this many forward passes, cut by length: texts of like length
 # stand together, and little is computed for padding.
@@ -30,8 +34,10 @@ def student_labels(folder: Path) -> tuple[str, ...]:
     Raises:
         StudentError: The folder holds none.
     """
-    config = json.loads((locate(str(folder)) / "config.json").read_text(encoding="utf-8"))
-    names = config.get("id2label")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise StudentError(f"{folder}: no student is in this folder (no config.json)")
+    names = json.loads(file.read_text(encoding="utf-8")).get("id2label")
     if not names:
         raise StudentError(f"{folder}: its config.json names no classes (id2label)")
     return tuple(names[str(index)] for index in range(len(names)))
@@ -44,11 +50,14 @@ class StudentClassifier:
         """Load the model.
 
         Args:
-            folder: Model and tokenizer.
+            folder: Model and tokenizer: a plain student, or one for ONNX Runtime.
             max_length: Tokens of a text that are read; the rest is cut.
-            serve: Threads, device and batch size.
+            serve: Backend, threads, device and sizes of batches.
+
+        Raises:
+            StudentError: It cannot be loaded, or is not there in the form of `serve.backend`.
         """
-        self._pass_texts = serve.max_batch_texts
+        self._max_texts, self._max_tokens = serve.max_batch_texts, serve.max_batch_tokens
         # Whatever computes does so in this one thread, loading included: OpenMP keeps a team of
         # threads per caller, and with more teams than cores they sleep between the layers, which
         # doubles the latency of a single text.
@@ -62,11 +71,15 @@ class StudentClassifier:
         )
 
     def _load(self, folder: Path, max_length: int, serve: ServeSection) -> None:
-        self._device = torch.device("cuda" if serve.gpus_per_replica else "cpu")
-        if self._device.type == "cpu":
-            torch.set_num_threads(serve.threads_per_replica)
-        self._model, self._tokenizer = load_student(folder)
-        self._model.to(self._device)
+        file = onnx_file(folder, serve.backend)
+        if file is not None:
+            self._network = onnx_network(file, serve.threads)
+        elif serve.gpus_per_replica:
+            self._network = torch_network(folder, torch.device("cuda"))
+        else:
+            torch.set_num_threads(serve.threads)
+            self._network = torch_network(folder)
+        self._tokenizer = load_tokenizer(folder)
         self._max_length = min(max_length, self._tokenizer.model_max_length)
         # The first pass allocates and dispatches; better here than in somebody's request.
         self.probabilities(["warm-up"])
@@ -77,15 +90,9 @@ class StudentClassifier:
 
     def probabilities(self, texts: list[str]) -> Floats:
         """Compute the probabilities [N, C], in passes of texts of like length."""
-        rows = self._tokenizer(texts, truncation=True, max_length=self._max_length)["input_ids"]
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-        with torch.inference_mode():
-            ordered = torch.cat(
-                [self._forward([rows[i] for i in part]) for part in self._cut(order)]
-            )
-        unsorted = np.empty(ordered.shape, dtype=np.float64)
-        unsorted[order] = ordered.cpu().numpy()
-        return unsorted
+        tokens = tokenize(self._tokenizer, texts, self._max_length)
+        passes = cut_passes(tokens.lengths, self._max_texts, self._max_tokens)
+        return probabilities(self._network, tokens, self._tokenizer.pad_token_id, passes)
 
     def check_health(self) -> None:
         """Raise if the batcher has stopped."""
@@ -95,13 +102,3 @@ class StudentClassifier:
         """Stop the model's thread."""
         await self._batcher.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _forward(self, rows: list[list[int]]) -> torch.Tensor:
-        """Return probabilities of one padded pass."""
-        padded = self._tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self._device)
-        logits: torch.Tensor = self._model(**padded).logits
-        return logits.double().softmax(dim=-1)
-
-    def _cut(self, order: list[int]) -> Iterator[list[int]]:
-        for start in range(0, len(order), self._pass_texts):
-            yield order[start : start + self._pass_texts]

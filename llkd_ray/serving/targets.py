@@ -31,9 +31,8 @@ def application_of(
     experiment = lineage.experiment
     match target:
         case "student":
-            student = lineage.student().require()
-            folder = (student.path / MODEL).resolve()
-            name = f"student-{student.fingerprint}"
+            folder = (lineage.served.require().path / MODEL).resolve()
+            name = f"student-{lineage.student().fingerprint}"
             return student_app(folder, name, experiment.student.max_length, config)
         case "teacher":
             labels = lineage.labels.require()

@@ -1,0 +1,271 @@
+"""Make a student fast on CPUs: ONNX in float32, and in int8 where its answers hold.
+
+Both are compared with torch on real rows. float32 must give torch's answers, or nothing is
+exported; int8 may differ within the limits of the experiment, or its file is not kept.
+
+Shape legend: N rows, C classes, B rows and L tokens of a batch.
+"""
+
+import contextlib
+import io
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from llkd_ray.artifacts import Rows
+from llkd_ray.config import ExportSection
+from llkd_ray.corpus import read_shards
+from llkd_ray.errors import StudentError
+from llkd_ray.selection import NONE, Ints
+from llkd_ray.student.batches import Tokens, tokenize
+from llkd_ray.student.model import load_student
+from llkd_ray.student.runtime import (
+    FLOAT32,
+    INT8,
+    Floats,
+    Network,
+    cut_passes,
+    onnx_network,
+    probabilities,
+    torch_network,
+)
+
+_log = logging.getLogger(__name__)
+_TOLERANCE = 1e-4
+"""By how much probabilities of float32 may differ from torch's: rounding makes about 1e-6."""
+_PASS_TOKENS = 2048
+# The sizes of the example the graph is traced with mean nothing, except that 0 and 1 are special.
+_EXAMPLE = (2, 7)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export was, for the manifest."""
+
+    rows: Rows
+    """Rows that the networks were compared on."""
+    details: dict[str, Any]
+    """split; gold_rows; float32_max_difference (of a probability, from torch's);
+    float32_accuracy and int8_accuracy (None without gold), int8_changed (share of rows with another
+    prediction than float32's), int8 (accepted, or why not)."""
+
+    @property
+    def summary(self) -> str:
+        """What became of int8, in one line."""
+        found = self.details
+        if found["int8_changed"] is None:
+            return f"float32 only: {found['int8']}"
+        figures = f"{found['int8_changed']:.1%} of predictions changed"
+        if found["int8_accuracy"] is not None:
+            figures = (
+                f"accuracy {found['int8_accuracy']:.3f} (float32 {found['float32_accuracy']:.3f}), "
+                + figures
+            )
+        rows = f"{self.rows.kept} {found['split']} rows"
+        return f"int8 {found['int8']}: {figures} on {rows}"
+
+
+@dataclass(frozen=True)
+class _Sample:
+    split: str
+    gold: Ints
+    """[N], positions of the classes, or NONE."""
+    tokens: Tokens
+
+
+def export_onnx(
+    student: Path,
+    out: Path,
+    *,
+    corpus: Path,
+    section: ExportSection,
+    max_length: int,
+) -> Exported:
+    """Turn a plain student folder of any kind into one for ONNX Runtime.
+
+    Reads:
+        corpus/SPLIT/shard-*.parquet (schema.TEXT), of the first split with rows: test,
+        validation, unlabeled.
+
+    Writes:
+        out: config.json, the tokenizer, FLOAT32 and, where accepted, INT8.
+
+    Args:
+        student: Plain Hugging Face folder.
+        out: The folder to make; what an earlier try left there is replaced.
+        corpus: Folder of the corpus artifact.
+        section: Whether there is an int8 network, and its limits.
+        max_length: Tokens of a text that the student reads.
+
+    Raises:
+        StudentError: The student cannot be loaded or exported, or answers otherwise when it is.
+    """
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    model, tokenizer = load_student(student)
+    tokenizer.save_pretrained(out)
+    shutil.copyfile(student / "config.json", out / "config.json")
+    _write_float32(model, out / FLOAT32, student)
+    sample = _read_sample(corpus, section.max_rows, model.config.label2id, tokenizer, max_length)
+
+    def ask(network: Network) -> Floats:
+        passes = cut_passes(sample.tokens.lengths, section.max_rows, _PASS_TOKENS)
+        return probabilities(network, sample.tokens, tokenizer.pad_token_id, passes)
+
+    float32 = ask(onnx_network(out / FLOAT32, 1))
+    difference = float(np.abs(float32 - ask(torch_network(student))).max())
+    if not difference <= _TOLERANCE:  # Not a number is refused too.
+        raise StudentError(
+            f"{student}: the ONNX network's probabilities differ from torch's by {difference:.2g} "
+            "on real rows; serve this student with serve.backend=torch"
+        )
+    details: dict[str, Any] = {
+        "split": sample.split,
+        "gold_rows": int((sample.gold != NONE).sum()),
+        "float32_max_difference": difference,
+        "float32_accuracy": _accuracy(float32, sample.gold),
+        "int8_accuracy": None,
+        "int8_changed": None,
+    }
+    if not section.int8:
+        details["int8"] = "export.int8 = false"
+    elif not _write_int8(out / FLOAT32, out / INT8):
+        details["int8"] = "it has no large matrix product, which is what int8 makes faster"
+    else:
+        int8 = ask(onnx_network(out / INT8, 1))
+        details["int8_accuracy"] = _accuracy(int8, sample.gold)
+        details["int8_changed"] = float(np.mean(int8.argmax(axis=1) != float32.argmax(axis=1)))
+        refused = _refused(details, section)
+        details["int8"] = f"refused, {refused}" if refused else "accepted"
+        if refused:
+            (out / INT8).unlink()
+            _log.warning("%s: int8 %s; float32 is served", student, details["int8"])
+    rows = len(sample.gold)
+    return Exported(Rows(taken=rows, kept=rows, rejected=0), details)
+
+
+def _write_float32(model: Any, file: Path, student: Path) -> None:
+    ids = torch.ones(_EXAMPLE, dtype=torch.int64)
+    axes = {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens")}
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                _Logits(model).eval(),
+                (ids, torch.ones_like(ids)),
+                input_names=["input_ids", "attention_mask"],
+                output_names=["logits"],
+                dynamic_shapes={"input_ids": axes, "attention_mask": axes},
+                dynamo=True,
+                verbose=False,
+            )
+        assert program is not None
+        network = program.model_proto
+        # The exporter's optimizations leave old shapes of what they rewrote behind (torch 2.13),
+        # and quantization refuses a graph that contradicts itself.
+        del network.graph.value_info[:]
+        file.write_bytes(network.SerializeToString())
+    except Exception as error:  # What an architecture makes the exporter raise is anything.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StudentError(
+            f"{student}: torch cannot export this student to ONNX: {reason}; serve it with "
+            "serve.backend=torch"
+        ) from error
+
+
+def _write_int8(float32: Path, file: Path) -> bool:
+    """Quantize the weights of matrix products; return whether there is any.
+
+    The activations' scales are found anew in each pass, so that no rows are needed here.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        quantize_dynamic(
+            float32,
+            file,
+            # Heads are Gemm: small, and nearest to the answer. They stay in float32.
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            # 7 of the 8 bits: processors without VNNI add pairs of products in 16 bits, which
+            # saturate with 8. So the answers compared here are those of any other machine.
+            reduce_range=True,
+        )
+    network = onnx.load(file)
+    if any(node.op_type == "MatMulInteger" for node in network.graph.node):
+        return True
+    file.unlink()
+    return False
+
+
+def _read_sample(
+    corpus: Path, max_rows: int, label2id: dict[str, int], tokenizer: Any, max_length: int
+) -> _Sample:
+    """Read the first rows of the first split that has any; the order of its rows is by hash."""
+    for split in ("test", "validation", "unlabeled"):
+        texts: list[str] = []
+        gold: list[str | None] = []
+        for text, name in _rows(corpus / split):
+            texts.append(text)
+            gold.append(name)
+            if len(texts) == max_rows:
+                break
+        if texts:
+            positions = [NONE if name is None else label2id[name] for name in gold]
+            return _Sample(split, np.array(positions), tokenize(tokenizer, texts, max_length))
+    raise StudentError(f"{corpus}: no row to compare the exported student on")
+
+
+def _rows(split: Path) -> Iterator[tuple[str, str | None]]:
+    for shard in read_shards(split):
+        columns = pq.read_table(shard, columns=["text", "gold"]).to_pydict()
+        yield from zip(columns["text"], columns["gold"], strict=True)
+
+
+def _accuracy(answers: Floats, gold: Ints) -> float | None:
+    known = gold != NONE
+    return float(np.mean(answers[known].argmax(axis=1) == gold[known])) if known.any() else None
+
+
+def _refused(details: dict[str, Any], section: ExportSection) -> str:
+    """Return why int8 is refused, nothing if it is not."""
+    if details["int8_accuracy"] is None:
+        changed, limit = details["int8_changed"], section.max_changed
+        return f"changed > export.max_changed = {limit:g}" if changed > limit else ""
+    drop, limit = details["float32_accuracy"] - details["int8_accuracy"], section.max_accuracy_drop
+    return f"drop > export.max_accuracy_drop = {limit:g}" if drop > limit else ""
+
+
+class _Logits(torch.nn.Module):
+    """A student that returns its logits alone: what a graph has as its output."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to themselves what the exporter and the quantizer say of their own insides."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,178 @@
+"""The student in ONNX Runtime: torch's answers, int8 within its limits, no file but its own."""
+
+
+import numpy as np
+import onnx
+import pytest
+from conftest import QUICKSTART
+from training_data import NAMES, make_split_folders
+from transformers import AutoModelForSequenceClassification, BertConfig, ModernBertConfig
+from untrained import questions, untrained_student
+
+from llkd_ray.config import ExportSection, ServeSection, load_experiment
+from llkd_ray.errors import ConfigError, StudentError
+from llkd_ray.lineage import Lineage
+from llkd_ray.serving.student import StudentClassifier, student_labels
+from llkd_ray.student.architectures import (
+    MeanPooledClassifier,
+    MeanPooledConfig,
+    StaticClassifier,
+    StaticConfig,
+)
+from llkd_ray.student.model import load_tokenizer
+from llkd_ray.student.onnx import export_onnx
+from llkd_ray.student.runtime import FLOAT32, INT8, cut_passes, onnx_file, onnx_network
+
+TEXTS = [*questions(40), "x", "What " + "is this " * 60, "漢字 👩‍👩‍👧"]
+ANY = ExportSection(max_accuracy_drop=1.0, max_changed=1.0)
+
+
+@pytest.fixture(scope="module")
+def corpus(folders):
+    return folders[1]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """The embedded encoder: large enough for int8 to change some answers."""
+    return untrained_student(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def exported(student, corpus, tmp_path_factory):
+    """The folder for ONNX Runtime, int8 in it, and what its manifest says."""
+    out = tmp_path_factory.mktemp("onnx") / "model"
+    return out, export_onnx(student, out, corpus=corpus, section=ANY, max_length=64)
+
+
+def ask(folder, backend="auto", **settings):
+    classifier = StudentClassifier(folder, 64, ServeSection(backend=backend, **settings))
+    return classifier.probabilities(TEXTS)
+
+
+def test_the_endpoint_answers_alike_in_torch_and_in_onnx_runtime(student, exported):
+    folder, _ = exported
+    expected = ask(student, "torch")
+    np.testing.assert_allclose(ask(folder, "onnx"), expected, atol=1e-4)
+    int8 = ask(folder)
+    np.testing.assert_array_equal(int8, ask(folder, "onnx-int8"))
+    difference = np.abs(int8 - expected).max()
+    assert 1e-4 < difference < 0.2  # It is another network, and still this student.
+    assert student_labels(folder) == student_labels(student)
+    assert (folder / INT8).stat().st_size < 0.7 * (folder / FLOAT32).stat().st_size
+
+
+def test_int8_is_kept_or_refused_by_its_limit(student, exported, corpus, tmp_path):
+    _, accepted = exported
+    found = accepted.details
+    assert (found["int8"], found["split"], found["gold_rows"]) == ("accepted", "test", 60)
+    assert found["float32_max_difference"] < 1e-4
+    drop = found["float32_accuracy"] - found["int8_accuracy"]
+    assert abs(drop) <= found["int8_changed"] <= 0.5
+
+    _, no_gold = make_split_folders(tmp_path / "no-gold", 30, 40, gold=False)
+    for section, rows, accepts in (
+        (ExportSection(max_changed=1.0), no_gold, True),
+        (ExportSection(max_changed=0.0), no_gold, False),
+        (ExportSection(int8=False), corpus, False),
+    ):
+        out = tmp_path / f"{section.max_changed}-{section.int8}"
+        details = export_onnx(student, out, corpus=rows, section=section, max_length=64).details
+        assert (out / INT8).is_file() == accepts
+        assert onnx_file(out, "auto").name == (INT8 if accepts else FLOAT32)
+        if rows is no_gold:
+            assert details["split"] == "validation"
+            assert details["int8_changed"] > 0
+            assert details["int8_accuracy"] is None
+            assert details["int8"].startswith("accepted" if accepts else "refused, changed >")
+    with pytest.raises(StudentError, match=r"export\.max_accuracy_drop and export\.max_changed"):
+        StudentClassifier(out, 64, ServeSection(backend="onnx-int8"))
+
+
+@pytest.mark.parametrize("kind", ["mean", "modernbert", "static"])
+def test_every_kind_of_student_is_exported(tmp_path, small_encoder, corpus, kind):
+    thin = {"vocab_size": 30522, "hidden_size": 32, "num_attention_heads": 2, "pad_token_id": 0}
+    labels = dict(enumerate(NAMES))
+    match kind:
+        case "static":
+            config = StaticConfig(vocab_size=30522, dimensions=16, id2label=labels)
+            model = StaticClassifier(config)
+        case "mean":
+            encoder = BertConfig(**thin, num_hidden_layers=2).to_dict()
+            model = MeanPooledClassifier(MeanPooledConfig(encoder=encoder, id2label=labels))
+        case _:
+            config = ModernBertConfig(**thin, num_hidden_layers=2, intermediate_size=64)
+            config.id2label = labels
+            model = AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path / "plain")
+    load_tokenizer(small_encoder).save_pretrained(tmp_path / "plain")
+    out = tmp_path / "model"
+    done = export_onnx(tmp_path / "plain", out, corpus=corpus, section=ANY, max_length=64)
+    assert done.details["int8"] == "accepted" or kind == "static"
+    expected = ask(tmp_path / "plain", "torch")
+    assert np.ptp(expected, axis=0).max() > 1e-3  # Far more than what is taken for equal.
+    np.testing.assert_allclose(ask(out, "onnx"), expected, atol=1e-4)
+
+
+def test_a_model_that_points_to_other_files_is_refused(exported, tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_bytes(bytes(4 * 32))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    network = onnx.load(exported[0] / FLOAT32)
+    network.graph.node.clear()
+    del network.graph.initializer[1:]
+    tensor = network.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=str(outside))
+    then = onnx.helper.make_graph([], "branch", [], [], network.graph.initializer)
+    inside = onnx.helper.make_node("If", ["rows"], [], then_branch=then, else_branch=then)
+    for graph in (
+        network.graph,
+        onnx.helper.make_graph([inside], "outer", [], []),
+    ):
+        model = onnx.helper.make_model(graph)
+        (folder / FLOAT32).write_bytes(model.SerializeToString())
+        with pytest.raises(StudentError, match="weights stand in other files"):
+            onnx_network(folder / FLOAT32, 1)
+    (folder / FLOAT32).write_bytes(b"not a model")
+    with pytest.raises(StudentError, match="no ONNX model"):
+        onnx_network(folder / FLOAT32, 1)
+
+
+def test_passes_hold_like_texts_up_to_both_limits():
+    lengths = np.array([5, 90, 7, 6, 300, 5, 40, 41, 6, 5])
+    passes = list(cut_passes(lengths, 4, 100))
+    assert sorted(np.concatenate(passes)) == list(range(10))
+    assert [sorted(lengths[chosen]) for chosen in passes] == [
+        [5, 5, 5, 6],
+        [6, 7],
+        [40, 41],
+        [90],
+        [300],
+    ]
+
+
+def test_the_size_of_a_pass_changes_no_answer(exported):
+    expected = ask(exported[0], "onnx")
+    many = ask(exported[0], "onnx", max_batch_texts=1000, max_batch_tokens=150)
+    np.testing.assert_allclose(many, expected, atol=1e-6)
+
+
+def test_what_is_served_follows_from_backend_and_gpus():
+    def experiment(*overrides):
+        return load_experiment(QUICKSTART, overrides)
+
+    own = Lineage(experiment())
+    assert own.served.fingerprint == own.onnx.fingerprint
+    for override in ("serve.gpus_per_replica=1", "serve.backend=torch"):
+        lineage = Lineage(experiment(override))
+        assert lineage.served.fingerprint == own.student().fingerprint
+    assert (
+        Lineage(experiment("export.int8=false")).student().fingerprint == own.student().fingerprint
+    )
+    assert experiment("serve.cpus_per_replica=4").serve.threads == 4
+    assert experiment("serve.cpus_per_replica=0.5").serve.threads == 1
+    with pytest.raises(ConfigError, match="computes on CPUs"):
+        experiment("serve.backend=onnx", "serve.gpus_per_replica=1")
