@@ -142,10 +142,15 @@ def export_onnx(
         details["int8"] = "it has no large matrix product, which is what int8 makes faster"
     else:
         int8 = ask(onnx_network(out / INT8, 1))
-        details["int8_accuracy"] = _accuracy(int8, sample.gold)
-        details["int8_changed"] = float(np.mean(int8.argmax(axis=1) != float32.argmax(axis=1)))
-        refused = _refused(details, section)
-        details["int8"] = f"refused, {refused}" if refused else "accepted"
+        changed = float(np.mean(int8.argmax(axis=1) != float32.argmax(axis=1)))
+        before, after = details["float32_accuracy"], _accuracy(int8, sample.gold)
+        drop = None if before is None or after is None else before - after
+        refused = refusal(section, drop=drop, changed=changed)
+        details |= {
+            "int8_accuracy": after,
+            "int8_changed": changed,
+            "int8": f"refused, {refused}" if refused else "accepted",
+        }
         if refused:
             (out / INT8).unlink()
             _log.warning("%s: int8 %s; float32 is served", student, details["int8"])
@@ -237,12 +242,18 @@ def _accuracy(answers: Floats, gold: Ints) -> float | None:
     return float(np.mean(answers[known].argmax(axis=1) == gold[known])) if known.any() else None
 
 
-def _refused(details: dict[str, Any], section: ExportSection) -> str:
-    """Return why int8 is refused, nothing if it is not."""
-    if details["int8_accuracy"] is None:
-        changed, limit = details["int8_changed"], section.max_changed
+def refusal(section: ExportSection, *, drop: float | None, changed: float) -> str:
+    """Return why int8 is refused, nothing if it is not.
+
+    Args:
+        section: The limits.
+        drop: float32's accuracy minus int8's; None without gold, and only then `changed` decides.
+        changed: Share of rows whose prediction differs.
+    """
+    if drop is None:
+        limit = section.max_changed
         return f"changed > export.max_changed = {limit:g}" if changed > limit else ""
-    drop, limit = details["float32_accuracy"] - details["int8_accuracy"], section.max_accuracy_drop
+    limit = section.max_accuracy_drop
     return f"drop > export.max_accuracy_drop = {limit:g}" if drop > limit else ""
 
 
