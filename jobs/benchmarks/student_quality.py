@@ -1,0 +1,184 @@
+"""Which rule, and which labels, make the best student in the same number of steps?
+
+Each DATA is a folder with train.parquet, columns `text` and `label`; its name chooses the
+experiment, jobs/configs/NAME.toml. SmolLM2 labels 2,000 of its texts once, as a user would have
+it done, by jobs/prepare.py and jobs/label.py; then jobs/compare.py trains every rule with every
+seed on the same labels for a quarter of eight epochs' steps, and scores the last epoch on gold test
+rows. Labels are calibrated by `batch`, but for the lines named stacked: those have `stacked`, which
+about 180 gold validation rows are for. `all-x4` takes all steps of the eight epochs, and `slice` is
+trained on the human's labels of as many rows as are validation, and on nothing else.
+
+The seconds of a trial are those on one core while the others train on the other cores.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import figures
+
+from llkd_ray.config import RULES, load_experiment
+from llkd_ray.errors import CorpusError, LLKDError
+from llkd_ray.lineage import Lineage
+
+JOBS = Path(__file__).parents[1]
+# Shares of train.parquet, so that about 180 rows are validation and 500 are test.
+SPLITS = {
+    "trec6": (0.0367, 0.12),
+    "snips": (0.0153, 0.05),
+    "csabstruct": (0.0182, 0.05),
+    "ag_news": (0.0667, 0.14),
+}
+LABELLED_ROWS, SLICE_ROWS = 2000, 180
+# A tenth of the labelled rows less, 32 rows a step: 450 steps are eight epochs.
+STEPS, ALL_STEPS = 113, 450
+TRAINING = (
+    "train.learning_rate=2e-4",
+    "train.average_decay=0.95",
+    "train.keep_signals=false",
+    "student.head=mean",
+    "student.max_length=64",
+)
+VARIANTS = {
+    "llkd-stacked": ("selection.rule=llkd", "calibration.kind=stacked"),
+    "top-stacked": ("selection.rule=top-fraction", "calibration.kind=stacked"),
+    "joint-stacked": ("selection.rule=joint", "calibration.kind=stacked"),
+    "all-stacked": ("selection.rule=all", "calibration.kind=stacked"),
+    "slice": ("selection.rule=gold", f"teacher.max_unlabeled_rows={SLICE_ROWS}"),
+    "all-x4": ("selection.rule=all", f"train.steps={ALL_STEPS}"),
+}
+
+
+def measure(
+    folders: list[Path], runs: Path, variants: list[str], seeds: int, *, steps: int, rows: int
+) -> dict[str, Any]:
+    """Compare the variants on every data set.
+
+    Args:
+        folders: Of the data sets.
+        runs: Folder of the runs; what is there already is not done again.
+        variants: Rules, and names of VARIANTS.
+        seeds: How many.
+        steps: Of a trial.
+        rows: To label.
+
+    Raises:
+        LLKDError: A data set has no experiment or no file, or a job has failed.
+    """
+    started = time.perf_counter()
+    quality = {
+        folder.name: compared(folder, runs, variants, seeds, steps=steps, rows=rows)
+        for folder in folders
+    }
+    for data, of_data in quality.items():
+        print(
+            figures.table(
+                [data, "accuracy", "macro-F1", "sd", "over all", "low", "high", "rows", "seconds"],
+                [
+                    [name, *(line.get(key) for key in ("accuracy", "macro_f1", "macro_f1_sd",
+                     "over_all", "over_all_low", "over_all_high", "row_steps", "seconds"))]
+                    for name, line in of_data.items()
+                ],
+            )
+        )  # fmt: skip
+    return {**quality, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def compared(
+    folder: Path, runs: Path, variants: list[str], seeds: int, *, steps: int, rows: int
+) -> dict[str, dict[str, float]]:
+    """Label one data set and compare the variants on it, by name."""
+    experiment = JOBS / f"configs/{folder.name}.toml"
+    source = folder / "train.parquet"
+    if folder.name not in SPLITS:
+        raise CorpusError(f"{folder}: no data set of this benchmark; there are {', '.join(SPLITS)}")
+    if not source.is_file():
+        raise CorpusError(f"{folder}: there is no train.parquet; put gold rows there")
+    validation, test = SPLITS[folder.name]
+    overrides = [
+        f"runs={runs}",
+        f"corpus.source={source}",
+        f"task.examples_source={source}",
+        f"corpus.validation_fraction={validation}",
+        f"corpus.test_fraction={test}",
+        f"teacher.max_unlabeled_rows={rows}",
+        'teacher.splits=["unlabeled","validation","test"]',
+    ]
+    own = [name for name in variants if name in RULES]
+    others = {name: VARIANTS[name] for name in variants if name not in RULES}
+    job("prepare", experiment, overrides)
+    # Each way to calibrate, and each number of rows, is a labels artifact; one ledger is behind.
+    job("label", experiment, overrides)
+    for of_labels in sorted({settings[1] for settings in others.values()}):
+        if not of_labels.startswith("train."):
+            job("label", experiment, [*overrides, of_labels])
+    overrides += [
+        *TRAINING,
+        f"train.steps={steps}",
+        f"compare.seeds={json.dumps(list(range(seeds)))}",
+        f"compare.rules={json.dumps(own)}",
+        *(
+            f"compare.variants.{name}={json.dumps(settings)}"
+            for name, settings in others.items()
+        ),
+    ]  # fmt: skip
+    job("compare", experiment, overrides)
+    made = Lineage(load_experiment(experiment, overrides)).comparison
+    return lines_of(json.loads((made.path / "table.json").read_text(encoding="utf-8")))
+
+
+def job(verb: str, experiment: Path, overrides: list[str]) -> None:
+    """Run a job.
+
+    Raises:
+        LLKDError: It has failed; it has said why.
+    """
+    command = [sys.executable, str(JOBS / f"{verb}.py"), str(experiment), *overrides]
+    if subprocess.run(command, check=False).returncode:
+        raise LLKDError(f"jobs/{verb}.py has failed for {experiment.stem}")
+
+
+def lines_of(table: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the lines of a comparison's last epochs, the teacher's first."""
+    lines: dict[str, dict[str, float]] = {"teacher": table["teacher"]}
+    for line in table["lines"]:
+        if line["criterion"] == "last":
+            over = line["over"].get("all", {})
+            lines[line["variant"]] = {
+                **{key: line[key] for key in ("accuracy", "macro_f1", "macro_f1_sd")},
+                **({"over_all": over["value"]} if over else {}),
+                **{f"over_all_{end}": over[end] for end in ("low", "high") if over},
+                **{key: line[key] for key in ("row_steps", "steps", "seconds")},
+            }
+    return {
+        name: {key: round(value, 4) for key, value in line.items()} for name, line in lines.items()
+    }
+
+
+def main() -> int:
+    every = [*RULES, *VARIANTS]
+    parser = figures.parser_of(
+        __doc__, "two rules, one seed, 200 rows of the first data set, within four minutes"
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("data", nargs="+", type=Path, metavar="DATA", help="folder of a data set")
+    parser.add_argument("--variants", nargs="+", choices=every, default=every)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, help="keep the runs here, and go on with those there")
+    arguments = parser.parse_args()
+    folders = [folder.resolve() for folder in arguments.data]
+    variants, seeds, steps, rows = arguments.variants, arguments.seeds, STEPS, LABELLED_ROWS
+    if arguments.quick:
+        folders, variants, seeds, steps, rows = folders[:1], ["all", "llkd-stacked"], 1, 10, 200
+    with tempfile.TemporaryDirectory() as temporary:
+        runs = (arguments.runs or Path(temporary)).resolve()
+        return figures.run(lambda: measure(folders, runs, variants, seeds, steps=steps, rows=rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
