@@ -21,8 +21,8 @@ class ServeSection(Section):
     threads_per_replica: PositiveInt | None = None
     """Threads of one replica on a CPU; as many as its CPUs when not given."""
     backend: Literal["auto", "torch", "onnx", "onnx-int8"] = "auto"
-    """What computes the student. auto: torch on a GPU; on a CPU ONNX Runtime, in int8 where the
-    export accepted it, else in float32 (`onnx`)."""
+    """What computes the student. auto: torch on a GPU, on a CPU ONNX Runtime in float32 (`onnx`).
+    onnx-int8 is faster, but what it answers to a text depends on the texts that share its pass."""
     max_batch_texts: PositiveInt = 16
     """Texts that one forward pass of the student takes at most. Small passes waste less on padding
     and are the fastest on a CPU; a GPU wants 64 or more."""

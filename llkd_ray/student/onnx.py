@@ -70,7 +70,7 @@ class Exported:
                 + figures
             )
         rows = f"{self.rows.kept} {found['split']} rows"
-        instead = "" if found["int8"] == "accepted" else "; float32 is served"
+        instead = "" if found["int8"] == "accepted" else "; onnx-int8 is not served"
         return f"int8 {found['int8']}: {figures} on {rows}{instead}"
 
 

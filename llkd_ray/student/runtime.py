@@ -31,21 +31,20 @@ def onnx_file(folder: Path, backend: Literal["auto", "torch", "onnx", "onnx-int8
 
     Args:
         folder: Of an exported student: plain, or made by `student.onnx`.
-        backend: auto takes what there is, the fastest first.
+        backend: auto takes float32, or torch where there is no file for ONNX Runtime.
 
     Raises:
         StudentError: The backend's file is not there.
     """
     if backend == "torch":
         return None
-    names = {"auto": (INT8, FLOAT32), "onnx": (FLOAT32,), "onnx-int8": (INT8,)}[backend]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
+    name = INT8 if backend == "onnx-int8" else FLOAT32
+    if (folder / name).is_file():
+        return folder / name
     if backend == "auto":
         return None
     raise StudentError(
-        f"serve.backend = {backend!r}: {folder} holds no {names[0]}; where int8 was refused, the "
+        f"serve.backend = {backend!r}: {folder} holds no {name}; where int8 was refused, the "
         "manifest there has the figures and export.max_accuracy_drop and export.max_changed the "
         "limits; backend 'auto' serves what there is"
     )
