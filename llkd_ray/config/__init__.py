@@ -5,6 +5,7 @@ from llkd_ray.config.endpoint import BenchSection, RaySection, ServeSection
 from llkd_ray.config.experiment import Experiment, load_experiment, with_overrides
 from llkd_ray.config.section import as_tree
 from llkd_ray.config.selection import (
+    RULES,
     AllRule,
     ConfidentLearningRule,
     FixedRule,
@@ -45,6 +46,7 @@ from llkd_ray.config.teacher import (
 
 __all__ = [
     "ON_GOLD",
+    "RULES",
     "ActorsSection",
     "AllRule",
     "BenchSection",
