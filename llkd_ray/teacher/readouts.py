@@ -30,9 +30,9 @@ from llkd_ray.teacher.ledger import Ledger, range_name
 from llkd_ray.teacher.tally import Tally
 
 CONTENT_FREE_FILE = "content_free.parquet"
-# Ray Data keeps 2 KB for each batch in the driver until a dataset is done. A corpus of any size is
-# asked about in datasets of 100 MB at most; between two of them the teachers start anew.
-_WINDOW_BATCHES = 50_000
+# Ray Data keeps 4 KB for each batch in the driver until a dataset is done. So a corpus of any size
+# is asked about in datasets that take 80 MB at most; between two of them the teachers start anew.
+_WINDOW_BATCHES = 20_000
 
 
 @dataclass(frozen=True)
