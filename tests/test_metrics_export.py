@@ -51,11 +51,14 @@ def test_prometheus_sees_the_rows_of_a_teacher_and_the_tokens_of_its_engine(
         }
     )
     assert isinstance(experiment.teacher, VLLMTeacher)
+    opening = Opening.of(experiment)
+    prompt = opening.prompt()
+    assert prompt is not None
     environment = engine_environment(experiment.teacher.engine, threads=2)
     actor: Any = (
         ray.remote(TeacherActor)
         .options(num_cpus=1, runtime_env={"env_vars": environment})
-        .remote(Opening.of(experiment), ledger)
+        .remote(opening, ledger)
     )
     counted = ray.get(actor.__call__.remote(batch), timeout=300)
     assert counted.column("rows").to_pylist() == [len(TEXTS)]
@@ -63,7 +66,8 @@ def test_prometheus_sees_the_rows_of_a_teacher_and_the_tokens_of_its_engine(
     expected = {
         "ray_llkd_label_rows": len(TEXTS),
         "ray_llkd_label_prompt_tokens": tokens,
-        "ray_vllm_prompt_tokens": tokens,
+        # The first row is asked about once more, for what all rows share to be in the cache.
+        "ray_vllm_prompt_tokens": tokens + len(prompt.encode(TEXTS[:1])[0].ids),
     }
     # Workers report to the agent every few seconds.
     deadline = time.monotonic() + 60
