@@ -80,6 +80,19 @@ class _Sample:
     gold: Ints
     """[N], positions of the classes, or NONE."""
     tokens: Tokens
+    pad_token_id: int
+
+    def answers(self, network: Network, max_texts: int | None = None) -> Floats:
+        """Return the network's probabilities [N, C], in passes of so many texts at most."""
+        passes = cut_passes(self.tokens.lengths, max_texts or len(self.gold), _PASS_TOKENS)
+        return probabilities(network, self.tokens, self.pad_token_id, passes)
+
+    def accuracy(self, answers: Floats) -> float | None:
+        """Return the share of rows with gold that are answered right, None without any."""
+        known = self.gold != NONE
+        if not known.any():
+            return None
+        return float(np.mean(answers[known].argmax(axis=1) == self.gold[known]))
 
 
 def export_onnx(
@@ -118,12 +131,8 @@ def export_onnx(
     _write_float32(model, out / FLOAT32, student)
     sample = _read_sample(corpus, section.max_rows, model.config.label2id, tokenizer, max_length)
 
-    def ask(network: Network, max_texts: int = section.max_rows) -> Floats:
-        passes = cut_passes(sample.tokens.lengths, max_texts, _PASS_TOKENS)
-        return probabilities(network, sample.tokens, tokenizer.pad_token_id, passes)
-
-    float32 = ask(onnx_network(out / FLOAT32, 1))
-    difference = float(np.abs(float32 - ask(torch_network(student))).max())
+    float32 = sample.answers(onnx_network(out / FLOAT32, 1))
+    difference = float(np.abs(float32 - sample.answers(torch_network(student))).max())
     if not difference <= _TOLERANCE:  # Not a number is refused too.
         raise StudentError(
             f"{student}: the ONNX network's probabilities differ from torch's by {difference:.2g} "
@@ -133,35 +142,36 @@ def export_onnx(
         "split": sample.split,
         "gold_rows": int((sample.gold != NONE).sum()),
         "float32_max_difference": difference,
-        "float32_accuracy": _accuracy(float32, sample.gold),
-        "int8_accuracy": None,
-        "int8_changed": None,
+        "float32_accuracy": sample.accuracy(float32),
+        **_try_int8(out, section, sample, float32),
     }
-    if not section.int8:
-        details["int8"] = "export.int8 = false"
-    elif not _write_int8(out / FLOAT32, out / INT8):
-        details["int8"] = "it has no large matrix product, which is what int8 makes faster"
-    else:
-        # Activations are scaled by the range of their pass, so int8's answers depend on which texts
-        # share it. It is judged by the worse of two cases: in company, and each text alone.
-        network = onnx_network(out / INT8, 1)
-        answers = ask(network), ask(network, max_texts=1)
-        predicted = float32.argmax(axis=1)
-        changed = max(float(np.mean(int8.argmax(axis=1) != predicted)) for int8 in answers)
-        scores = [_accuracy(int8, sample.gold) for int8 in answers]
-        after = min((score for score in scores if score is not None), default=None)
-        before = details["float32_accuracy"]
-        drop = None if before is None or after is None else before - after
-        refused = refusal(section, drop=drop, changed=changed)
-        details |= {
-            "int8_accuracy": after,
-            "int8_changed": changed,
-            "int8": f"refused, {refused}" if refused else "accepted",
-        }
-        if refused:
-            (out / INT8).unlink()
     rows = len(sample.gold)
     return Exported(Rows(taken=rows, kept=rows, rejected=0), details)
+
+
+def _try_int8(
+    out: Path, section: ExportSection, sample: "_Sample", float32: Floats
+) -> dict[str, Any]:
+    """Leave an int8 network beside the float32 one if its answers hold; return what was found."""
+    found: dict[str, Any] = {"int8_accuracy": None, "int8_changed": None}
+    if not section.int8:
+        return {**found, "int8": "export.int8 = false"}
+    if not _write_int8(out / FLOAT32, out / INT8):
+        return {**found, "int8": "it has no large matrix product, which is what int8 makes faster"}
+    # Activations are scaled by the range of their pass, so int8's answers depend on which texts
+    # share it. It is judged by the worse of two cases: in company, and each text alone.
+    network = onnx_network(out / INT8, 1)
+    answers = sample.answers(network), sample.answers(network, max_texts=1)
+    predicted = float32.argmax(axis=1)
+    changed = max(float(np.mean(int8.argmax(axis=1) != predicted)) for int8 in answers)
+    before, scores = sample.accuracy(float32), map(sample.accuracy, answers)
+    after = min((score for score in scores if score is not None), default=None)
+    drop = None if before is None or after is None else before - after
+    refused = refusal(section, drop=drop, changed=changed)
+    if refused:
+        (out / INT8).unlink()
+    verdict = f"refused, {refused}" if refused else "accepted"
+    return {"int8_accuracy": after, "int8_changed": changed, "int8": verdict}
 
 
 def _write_float32(model: Any, file: Path, student: Path) -> None:
@@ -169,7 +179,7 @@ def _write_float32(model: Any, file: Path, student: Path) -> None:
     axes = {0: torch.export.Dim("rows"), 1: torch.export.Dim("tokens")}
     try:
         with _quiet():
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 _Logits(model).eval(),
                 (ids, torch.ones_like(ids)),
                 input_names=["input_ids", "attention_mask"],
@@ -178,18 +188,17 @@ def _write_float32(model: Any, file: Path, student: Path) -> None:
                 dynamo=True,
                 verbose=False,
             )
-        assert program is not None
-        network = program.model_proto
-        # The exporter's optimizations leave old shapes of what they rewrote behind (torch 2.13),
-        # and quantization refuses a graph that contradicts itself.
-        del network.graph.value_info[:]
-        file.write_bytes(network.SerializeToString())
     except Exception as error:  # What an architecture makes the exporter raise is anything.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StudentError(
             f"{student}: torch cannot export this student to ONNX: {reason}; serve it with "
             "serve.backend=torch"
         ) from error
+    network = program.model_proto
+    # The exporter's optimizations leave old shapes of what they rewrote behind (torch 2.13), and
+    # quantization refuses a graph that contradicts itself.
+    del network.graph.value_info[:]
+    file.write_bytes(network.SerializeToString())
 
 
 def _write_int8(float32: Path, file: Path) -> bool:
@@ -233,7 +242,8 @@ def _read_sample(
                 break
         if texts:
             positions = [NONE if name is None else label2id[name] for name in gold]
-            return _Sample(split, np.array(positions), tokenize(tokenizer, texts, max_length))
+            tokens = tokenize(tokenizer, texts, max_length)
+            return _Sample(split, np.array(positions), tokens, tokenizer.pad_token_id)
     raise StudentError(f"{corpus}: no row to compare the exported student on")
 
 
@@ -241,11 +251,6 @@ def _rows(split: Path) -> Iterator[tuple[str, str | None]]:
     for shard in read_shards(split):
         columns = pq.read_table(shard, columns=["text", "gold"]).to_pydict()
         yield from zip(columns["text"], columns["gold"], strict=True)
-
-
-def _accuracy(answers: Floats, gold: Ints) -> float | None:
-    known = gold != NONE
-    return float(np.mean(answers[known].argmax(axis=1) == gold[known])) if known.any() else None
 
 
 def refusal(section: ExportSection, *, drop: float | None, changed: float) -> str:
