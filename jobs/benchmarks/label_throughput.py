@@ -4,9 +4,8 @@ Four rates over the same questions on this machine, none while another runs:
 
 - the labelling stage, from its first answered batch to its last;
 - `vllm.LLM.generate` with the same engine arguments on the same prompts, already tokenized, all
-  handed over at once, in the processes that it starts by itself and with the thread settings that
-  suit these best. It runs before and after each run of the stage, so that a drift of the machine
-  meets both;
+  handed over at once, in the processes that it starts by itself. It runs before and after each run
+  of the stage, so that a drift of the machine meets both;
 - the same engine with the block size that vLLM takes on this machine by itself and with the row's
   text first in the prompt, as most people write one;
 - a matrix product, which bounds what any engine could do: FLOPs of the uncached tokens over the
@@ -133,11 +132,6 @@ def _texts(shards: list[Path], rows: int) -> list[str]:
     return texts[:rows]
 
 
-# What vLLM starts by itself: a worker beside the engine's process. The engine then polls the
-# worker, so threads that wait long for each other would slow it: 300,000 turns cost it 5 to 10 %.
-_PROCESSES_OF_ITS_OWN = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "GOMP_SPINCOUNT": "2000"}
-
-
 class Bare:
     """vLLM by itself in a process of its own, which answers with its rate when asked."""
 
@@ -154,7 +148,7 @@ class Bare:
             "engine": {key: value for key, value in arguments.items() if value is not None},
         }
         environment = engine_environment(teacher.engine, teacher.actors.threads)
-        environment |= _PROCESSES_OF_ITS_OWN
+        del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--bare"],
             stdin=subprocess.PIPE,

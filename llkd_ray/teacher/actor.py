@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import time
 import uuid
 from dataclasses import dataclass
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
 
 # A batch over which this many teachers died is not the fault of the machine.
 _MAX_TEACHERS = 3
-
-# Between an engine's threads, which wait for each other, other work on their cores costs double.
-_NICENESS = 10
 
 _log = logging.getLogger(__name__)
 
@@ -117,8 +113,6 @@ class TeacherActor:
         self._name = uuid.uuid4().hex
         self._opening = opening
         self._teacher = opening.start()
-        # The engine, started before, keeps its priority: what waits in line for it can wait.
-        os.nice(_NICENESS)
         self._replacing = asyncio.Lock()
         self._ledger = ledger
         self._counters = {

@@ -144,10 +144,9 @@ def engine_environment(engine: EngineSection, threads: int) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         # The engine's process computes by itself. With a worker process beside it, it would spend a
-        # third of a core on asking whether that has finished. And as nobody polls, its threads may
-        # wait awake for each other between two operations, 10 ms at most.
+        # third of a core on asking whether that has finished.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "GOMP_SPINCOUNT": "300000",
+        "GOMP_SPINCOUNT": "2000",
         "KMP_BLOCKTIME": "1",
     }
 
