@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_label_calibration import Made, out_of_order
+from readouts_data import Made, out_of_order
 
 from llkd_ray import schema
 from llkd_ray.teacher.calibration import Calibration, softmax
