@@ -8,7 +8,8 @@ rows. Labels are calibrated by `batch`, but for the lines named stacked: those h
 about 180 gold validation rows are for. `all-8-epochs` takes all of these steps, and `slice` is
 trained on the human's labels of as many rows as are validation, and on nothing else.
 
-The seconds of a trial are those on one core while the others train on the other cores.
+Trials compute in bfloat16. The seconds of one are those on one core while the others train on the
+other cores.
 """
 
 import argparse
@@ -39,6 +40,7 @@ LABELLED_ROWS, SLICE_ROWS = 2000, 180
 STEPS, ALL_STEPS = 113, 500
 TRAINING = (
     "train.learning_rate=2e-4",
+    "train.bf16=true",
     "train.average_decay=0.95",
     "train.keep_signals=false",
     "student.head=mean",
