@@ -11,8 +11,8 @@ from untrained import LABELS, untrained_student
 
 from llkd_ray.config import ServeSection
 from llkd_ray.errors import ConfigError
+from llkd_ray.serving.access import token_digest
 from llkd_ray.serving.deploy import running, student_app
-from llkd_ray.serving.protocol import token_digest
 
 pytestmark = pytest.mark.slow
 

@@ -17,13 +17,9 @@ from ray.serve.config import BackpressureConfig
 
 from llkd_ray.config import ServeSection
 from llkd_ray.errors import ClusterError, EndpointError
-from llkd_ray.serving.protocol import (
-    Classifier,
-    ModelCard,
-    application,
-    model_card,
-    token_digest,
-)
+from llkd_ray.serving.access import token_digest
+from llkd_ray.serving.application import application
+from llkd_ray.serving.protocol import Classifier, ModelCard, model_card
 from llkd_ray.serving.student import StudentClassifier, student_labels
 from llkd_ray.serving.teacher import TeacherClassifier, TeacherModel
 from llkd_ray.student.runtime import onnx_file

@@ -4,55 +4,86 @@
     GET  /v1/model                         ->  what answers, and how much it takes at once
     GET  /healthz                          ->  200 while the model can answer
 
-A request that cannot be answered gets a 4xx and one sentence under `detail`.
+What cannot be answered is refused with a 4xx and one sentence under `detail`.
 
 Shape legend: N texts, C classes.
 """
 
-import hashlib
-import hmac
-import os
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from pydantic import BaseModel, ConfigDict, ValidationError
-from starlette.requests import ClientDisconnect
 
 from llkd_ray.config import ServeSection
-from llkd_ray.errors import ConfigError
 
 Floats = npt.NDArray[np.float64]
+Answerer = Literal["student", "teacher"]
+Body = TypeVar("Body", bound=BaseModel)
 
 
-class ClassifyRequest(BaseModel):
-    """Body of POST /v1/classify."""
+@dataclass(frozen=True)
+class Classification:
+    """What a classifier answers to N texts."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    probabilities: Floats
+    """[N, C]."""
+    by: Sequence[Answerer | None] | None = None
+    """Who answered each of the N texts, None where nobody was sure enough: such a text gets no
+    label. None as a whole where one model answers all, and then the protocol does not say it."""
+    tokens: int = 0
+    """Of the N texts; 0 where nobody counted them."""
+
+
+class Classifier(Protocol):
+    """A model behind the protocol. It lives in one process with one event loop."""
+
+    async def classify(self, texts: list[str]) -> Classification:
+        """Answer N texts, N at least 1.
+
+        Raises:
+            Refusal: The texts are not answered, for the reason that the client is told.
+        """
+
+    def check_health(self) -> None:
+        """Raise if the model can answer no more."""
+
+    async def close(self) -> None:
+        """Release threads and child processes."""
+
+
+class Refusal(Exception):  # noqa: N818 - an answer, not a mistake of ours
+    """A request is not answered, for a reason that the client is told.
+
+    Raised by whoever finds the reason: the readers of bodies (4xx), the queue (429, 503).
+    """
+
+    def __init__(self, status: int, reason: str, headers: dict[str, str] | None = None) -> None:
+        """Hold the answer.
+
+        Args:
+            status: Of HTTP, 400 to 599.
+            reason: One sentence, for the client.
+            headers: To be sent along, such as Retry-After.
+        """
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+        self.headers = headers
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request that has been read: texts within the limits, and how their answer is put."""
 
     texts: list[str]
-
-
-class Prediction(BaseModel):
-    """The answer for one text."""
-
-    label: str
-    confidence: float
-    """Probability of the label, 0 to 1."""
-    probabilities: dict[str, float]
-    """Of every label, in the task's order."""
-
-
-class ClassifyResponse(BaseModel):
-    """Answer of POST /v1/classify: one prediction per text, in the order of the request."""
-
-    model: str
-    predictions: list[Prediction]
+    answer: Callable[[Classification], BaseModel]
 
 
 class ModelCard(BaseModel):
-    """Answer of GET /v1/model."""
+    """What answers, and its limits."""
 
     kind: Literal["student", "teacher"]
     name: str
@@ -65,17 +96,44 @@ class ModelCard(BaseModel):
     max_body_bytes: int
 
 
-class Classifier(Protocol):
-    """A model behind the protocol. It lives in one process with one event loop."""
+class ClassifyRequest(BaseModel):
+    """Texts to classify."""
 
-    async def classify(self, texts: list[str]) -> Floats:
-        """Return the probabilities [N, C] of N texts, N at least 1."""
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    def check_health(self) -> None:
-        """Raise if the model can answer no more."""
+    texts: list[str]
 
-    async def close(self) -> None:
-        """Release threads and child processes."""
+
+class Prediction(BaseModel):
+    """The answer for one text."""
+
+    label: str | None
+    """None where nobody was sure enough."""
+    confidence: float
+    """Highest probability, 0 to 1: the label's."""
+    probabilities: dict[str, float]
+    """Of every label, in the task's order."""
+    by: Answerer | None = None
+    """Who answered; absent where one model answers all."""
+
+
+class ClassifyResponse(BaseModel):
+    """One prediction per text, in the order of the request."""
+
+    model: str
+    predictions: list[Prediction]
+
+
+class Health(BaseModel):
+    """The model can answer."""
+
+    status: Literal["ok"]
+
+
+class Problem(BaseModel):
+    """Why a request was not answered."""
+
+    detail: str
 
 
 def model_card(
@@ -92,145 +150,81 @@ def model_card(
     )
 
 
-def token_digest(token_env: str | None) -> bytes | None:
-    """Return the SHA-256 of the token that requests must bear, None when none is asked for.
-
-    Only the digest travels to the replicas: the cluster never stores the token.
+def read_classify(body: bytes, card: ModelCard) -> Question:
+    """Read the body of POST /v1/classify.
 
     Raises:
-        ConfigError: The variable is empty or not set.
+        Refusal: 400 when the body is not JSON, 422 when it is not such a request or goes past the
+            limits.
     """
-    if token_env is None:
-        return None
-    token = os.environ.get(token_env, "")
-    if not token:
-        raise ConfigError(
-            f"serve.token_env = {token_env!r}: this environment variable is empty; set it to the "
-            "token, or leave serve.token_env out to ask for none"
+    texts = within_limits(parse(body, ClassifyRequest).texts, card, "texts")
+    return Question(texts, lambda found: answer(card, found))
+
+
+def answer(card: ModelCard, found: Classification) -> ClassifyResponse:
+    """Put a classification of N texts into the words of the protocol."""
+    predictions = []
+    best = found.probabilities.argmax(axis=1).tolist()
+    for position, (row, column) in enumerate(zip(found.probabilities.tolist(), best, strict=True)):
+        prediction = Prediction(
+            label=card.labels[column],
+            confidence=row[column],
+            probabilities=dict(zip(card.labels, row, strict=True)),
         )
-    return hashlib.sha256(token.encode()).digest()
+        if found.by is not None:
+            prediction.by = found.by[position]
+            if prediction.by is None:
+                prediction.label = None
+        predictions.append(prediction)
+    return ClassifyResponse(model=card.name, predictions=predictions)
 
 
-def application(card: ModelCard, classifier: Classifier, digest: bytes | None) -> FastAPI:
-    """Return the web application of an endpoint.
-
-    Args:
-        card: What answers, and its limits.
-        classifier: The model.
-        digest: SHA-256 of the bearer token; None lets everybody in.
-    """
-
-    async def authorize(request: Request) -> None:
-        if digest is not None and not _bears(request.headers.get("authorization", ""), digest):
-            raise HTTPException(
-                401,
-                "this endpoint asks for a token: send the header `Authorization: Bearer TOKEN`",
-                {"WWW-Authenticate": "Bearer"},
-            )
-
-    # No pages for people and no OpenAPI document: they would be outside the token.
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    guarded = APIRouter(prefix="/v1", dependencies=[Depends(authorize)])
-
-    # Response objects, not models: FastAPI would validate our own answer a second time.
-    @guarded.post("/classify")
-    async def classify(request: Request) -> Response:
-        texts = read_texts(await _body(request, card.max_body_bytes), card)
-        probabilities = await classifier.classify(texts)
-        return _json(answer(card, probabilities))
-
-    @guarded.get("/model")
-    async def model() -> Response:
-        return _json(card)
-
-    @app.get("/healthz")
-    async def healthz() -> dict[str, str]:
-        classifier.check_health()
-        return {"status": "ok"}
-
-    app.include_router(guarded)
-    return app
-
-
-def read_texts(body: bytes, card: ModelCard) -> list[str]:
-    """Return the texts of a request's body.
+def parse(body: bytes, shape: type[Body]) -> Body:
+    """Return the body as the request that it should be.
 
     Raises:
-        HTTPException: 400 when the body is not JSON, 422 when it is not such a request or goes
-            past the limits.
+        Refusal: 400 when it is not JSON, 422 when it is another request.
     """
     try:
-        texts = ClassifyRequest.model_validate_json(body).texts
+        return shape.model_validate_json(body)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        if problem["type"] == "json_invalid":
-            # A lone surrogate ends here as well: JSON can write it, but it is no character.
-            raise HTTPException(400, f"the body is not JSON: {_sentence(problem)}") from None
-        where = "".join(f"[{part}]" if isinstance(part, int) else part for part in problem["loc"])
-        raise HTTPException(422, f"{where or 'the body'}: {_sentence(problem)}") from None
+    if problem["type"] == "json_invalid":
+        # A lone surrogate ends here as well: JSON can write it, but it is no character.
+        raise Refusal(400, f"the body is not JSON: {_sentence(problem)}")
+    where = "".join(f"[{part}]" if isinstance(part, int) else part for part in problem["loc"])
+    raise Refusal(422, f"{where or 'the body'}: {_sentence(problem)}")
+
+
+def within_limits(texts: list[str], card: ModelCard, key: str) -> list[str]:
+    """Return the texts, all of them such as the model reads.
+
+    Args:
+        texts: Of one request.
+        card: Says the limits.
+        key: Under which the request holds them.
+
+    Raises:
+        Refusal: 422 with the text that is not.
+    """
     if not texts:
-        raise HTTPException(422, "texts: the list is empty; send at least one text")
+        raise Refusal(422, f"{key}: the list is empty; send at least one text")
     if len(texts) > card.max_texts:
-        raise HTTPException(
-            422, f"texts: {len(texts)} texts, at most {card.max_texts} go into one request"
+        raise Refusal(
+            422, f"{key}: {len(texts)} texts, at most {card.max_texts} go into one request"
         )
     for position, text in enumerate(texts):
         if not text.strip():
-            raise HTTPException(422, f"texts[{position}]: the text is empty")
+            raise Refusal(422, f"{key}[{position}]: the text is empty")
         if len(text) > card.max_text_chars:
-            raise HTTPException(
+            raise Refusal(
                 422,
-                f"texts[{position}]: {len(text)} characters, at most {card.max_text_chars} are "
+                f"{key}[{position}]: {len(text)} characters, at most {card.max_text_chars} are "
                 "read of one text",
             )
     return texts
 
 
-def answer(card: ModelCard, probabilities: Floats) -> ClassifyResponse:
-    """Put probabilities [N, C] into the words of the protocol."""
-    best = probabilities.argmax(axis=1)
-    return ClassifyResponse(
-        model=card.name,
-        predictions=[
-            Prediction(
-                label=card.labels[column],
-                confidence=row[column],
-                probabilities=dict(zip(card.labels, row, strict=True)),
-            )
-            for row, column in zip(probabilities.tolist(), best.tolist(), strict=True)
-        ],
-    )
-
-
-async def _body(request: Request, max_bytes: int) -> bytes:
-    """Read a body, chunked or not, and stop as soon as it is too long."""
-    declared = request.headers.get("content-length", "0")
-    too_large = HTTPException(413, f"the body is too large: at most {max_bytes} bytes are read")
-    # Twenty digits are past every limit, and int() refuses absurdly many.
-    if len(declared) > 20 or (declared.isdecimal() and int(declared) > max_bytes):
-        raise too_large
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > max_bytes:
-                raise too_large
-    except ClientDisconnect:
-        raise HTTPException(400, "the client left before the body was whole") from None
-    return bytes(body)
-
-
-def _bears(header: str, digest: bytes) -> bool:
-    scheme, _, token = header.partition(" ")
-    # Headers are bytes in Latin-1; equal digests in constant time say nothing about the token.
-    presented = hashlib.sha256(token.strip().encode("latin-1")).digest()
-    return hmac.compare_digest(presented, digest) and scheme.lower() == "bearer"
-
-
 def _sentence(problem: Any) -> str:
-    message = str(problem["msg"]).removeprefix("Invalid JSON: ")
+    message = str(problem["msg"]).removeprefix("Invalid JSON: ").removeprefix("Value error, ")
     return message if message.startswith("EOF") else message[0].lower() + message[1:]
-
-
-def _json(content: BaseModel) -> Response:
-    return Response(content.model_dump_json(), media_type="application/json")

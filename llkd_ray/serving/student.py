@@ -12,6 +12,7 @@ import torch
 from llkd_ray.config import ServeSection
 from llkd_ray.errors import StudentError
 from llkd_ray.serving.batching import Batcher
+from llkd_ray.serving.protocol import Classification
 from llkd_ray.student.batches import tokenize
 from llkd_ray.student.model import load_tokenizer
 from llkd_ray.student.runtime import (
@@ -84,9 +85,9 @@ class StudentClassifier:
         # The first pass allocates and dispatches; better here than in somebody's request.
         self.probabilities(["warm-up"])
 
-    async def classify(self, texts: list[str]) -> Floats:
-        """Return the probabilities [N, C] of N texts."""
-        return await self._batcher.submit(texts)
+    async def classify(self, texts: list[str]) -> Classification:
+        """Answer N texts."""
+        return Classification(await self._batcher.submit(texts))
 
     def probabilities(self, texts: list[str]) -> Floats:
         """Compute the probabilities [N, C], in passes of texts of like length."""

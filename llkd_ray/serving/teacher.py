@@ -6,15 +6,13 @@ Shape legend: N texts, C classes.
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from llkd_ray.config import Example, TaskSection, VLLMTeacher
 from llkd_ray.errors import TeacherError
+from llkd_ray.serving.protocol import Classification
 from llkd_ray.teacher.calibration import Calibration
 from llkd_ray.teacher.engine import Engine
 from llkd_ray.teacher.pretrained import teacher_folder
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,8 @@ class TeacherClassifier:
         self._engine = Engine(model.task, model.teacher, model.pool, folder)
         self._calibration = model.calibration
 
-    async def classify(self, texts: list[str]) -> Floats:
-        """Return the calibrated probabilities [N, C] of N texts.
+    async def classify(self, texts: list[str]) -> Classification:
+        """Answer N texts with calibrated probabilities.
 
         Raises:
             TeacherError: The engine refuses a text.
@@ -48,9 +46,8 @@ class TeacherClassifier:
         for answer in answers:
             if answer.error is not None:
                 raise TeacherError(f"the teacher cannot answer: {answer.error}")
-        return self._calibration.probabilities(
-            np.array([answer.logprobs for answer in answers], dtype=np.float64)
-        )
+        logprobs = np.array([answer.logprobs for answer in answers], dtype=np.float64)
+        return Classification(self._calibration.probabilities(logprobs))
 
     def check_health(self) -> None:
         """Raise if the engine's process has died."""

@@ -1,0 +1,157 @@
+"""Who asks and what came of it: the bearer token, request ids, and one record per request."""
+
+import hashlib
+import hmac
+import json
+import logging
+import os
+import re
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llkd_ray.errors import ConfigError
+from llkd_ray.serving.protocol import Classification
+
+_log = logging.getLogger(__name__)
+_lines = logging.getLogger("llkd_ray.access")
+# What tracing systems send, and nothing that could forge a line of a log.
+_SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}", re.ASCII)
+CLIENT_LEFT = 499
+"""Status on record when a client left, or its time was up, before it had an answer."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A request that is over. It holds neither the texts nor the token."""
+
+    id: str
+    method: str
+    path: str
+    """As it was asked for; whatever it was, `routed` or not."""
+    routed: bool
+    """Whether the endpoint has such a path, so that a metric may carry it."""
+    status: int
+    """Of HTTP; 499 when the client left before the answer."""
+    seconds: float
+    texts: int
+    """In the request; 0 when it held none that could be classified."""
+    classification: Classification | None
+    """What the model answered, if it was asked and answered."""
+
+
+Observer = Callable[[Answered], None]
+
+
+class Access:
+    """Give every request an id, and tell observers how it ended.
+
+    The id is the client's X-Request-Id if it is a sane one. Serve's proxy has put one there
+    otherwise, and puts it into the answer; so it is put there here only when it was made here.
+    """
+
+    def __init__(self, app: ASGIApp, observers: Sequence[Observer]) -> None:
+        """Wrap an ASGI application."""
+        self._app = app
+        self._observers = observers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        scope["state"] = {}  # Of this request alone, whatever the server has put there.
+        status = 0
+        began = time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if request_id != given:
+                    MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            # Whatever it is, it is our mistake: its traceback is for our log, not for the client.
+            _log.exception("request %s could not be answered", request_id)
+            if status:
+                raise  # The answer has begun, so the connection can only be cut.
+            detail = f"the endpoint could not answer; its log has the reason under {request_id}"
+            await JSONResponse({"detail": detail}, 500)(scope, receive, send_with_id)
+        finally:
+            state = Request(scope).state
+            answered = Answered(
+                id=request_id,
+                method=scope["method"],
+                path=scope["path"],
+                routed="endpoint" in scope,
+                status=status or CLIENT_LEFT,
+                seconds=time.perf_counter() - began,
+                texts=getattr(state, "texts", 0),
+                classification=getattr(state, "classification", None),
+            )
+            for observe in self._observers:
+                observe(answered)
+
+
+def write_access_line(answered: Answered) -> None:
+    """Observe a request: write one line of JSON to standard output, which Ray keeps per process.
+
+    Its keys are time, id, method, path, status, ms and texts (how many).
+    """
+    if not _lines.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        _lines.addHandler(handler)
+        _lines.setLevel(logging.INFO)
+        _lines.propagate = False
+    line = {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "id": answered.id,
+        "method": answered.method,
+        "path": answered.path[:200],
+        "status": answered.status,
+        "ms": round(answered.seconds * 1000, 1),
+        "texts": answered.texts,
+    }
+    _lines.info(json.dumps(line))
+
+
+def token_digest(token_env: str | None) -> bytes | None:
+    """Return the SHA-256 of the token that requests must bear, None when none is asked for.
+
+    Only the digest travels to the replicas: the cluster never stores the token.
+
+    Raises:
+        ConfigError: The variable is empty or not set.
+    """
+    if token_env is None:
+        return None
+    token = os.environ.get(token_env, "")
+    if not token:
+        raise ConfigError(
+            f"serve.token_env = {token_env!r}: this environment variable is empty; set it to the "
+            "token, or leave serve.token_env out to ask for none"
+        )
+    return hashlib.sha256(token.encode()).digest()
+
+
+def bears(header: str, digest: bytes) -> bool:
+    """Return whether an Authorization header bears the token of this digest."""
+    scheme, _, token = header.partition(" ")
+    # Headers are bytes in Latin-1; equal digests in constant time say nothing about the token.
+    presented = hashlib.sha256(token.strip().encode("latin-1")).digest()
+    return hmac.compare_digest(presented, digest) and scheme.lower() == "bearer"
