@@ -13,6 +13,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from llkd_ray.serving.access import Access, Observer, bears
+from llkd_ray.serving.dialects import read_tei, read_vllm
+from llkd_ray.serving.openapi import document
+from llkd_ray.serving.page import page
 from llkd_ray.serving.protocol import (
     Classifier,
     Health,
@@ -72,11 +75,24 @@ def application(
         classifier.check_health()
         return _json(Health(status="ok"))
 
+    described = document(card, guarded=digest is not None)
+    shown = page()
+
+    async def openapi(_request: Request) -> Response:
+        return JSONResponse(described)
+
+    async def root(_request: Request) -> Response:
+        return shown
+
     return Starlette(
         routes=[
             Route("/v1/classify", asking(read_classify), methods=["POST"]),
+            Route("/classify", asking(read_vllm), methods=["POST"]),
+            Route("/predict", asking(read_tei), methods=["POST"]),
             Route("/v1/model", guarded(model)),
+            Route("/openapi.json", guarded(openapi)),
             Route("/healthz", healthz),
+            Route("/", root),
         ],
         middleware=[Middleware(Access, observers=observers)],
         exception_handlers={Refusal: _refused, HTTPException: _unrouted},

@@ -9,7 +9,7 @@ What cannot be answered is refused with a 4xx and one sentence under `detail`.
 Shape legend: N texts, C classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -35,6 +35,19 @@ class Classification:
     label. None as a whole where one model answers all, and then the protocol does not say it."""
     tokens: int = 0
     """Of the N texts; 0 where nobody counted them."""
+
+    def verdicts(self, labels: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Yield each text's label and, where more than one could answer, who did.
+
+        Args:
+            labels: The C classes.
+        """
+        best = self.probabilities.argmax(axis=1).tolist()
+        if self.by is None:
+            yield from ({"label": labels[column]} for column in best)
+            return
+        for column, by in zip(best, self.by, strict=True):
+            yield {"label": None if by is None else labels[column], "by": by}
 
 
 class Classifier(Protocol):
@@ -82,7 +95,13 @@ class Question:
     answer: Callable[[Classification], BaseModel]
 
 
-class ModelCard(BaseModel):
+class Shape(BaseModel):
+    """A body of a request or an answer; its documentation goes into the OpenAPI document."""
+
+    model_config = ConfigDict(strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class ModelCard(Shape):
     """What answers, and its limits."""
 
     kind: Literal["student", "teacher"]
@@ -96,15 +115,16 @@ class ModelCard(BaseModel):
     max_body_bytes: int
 
 
-class ClassifyRequest(BaseModel):
+class ClassifyRequest(Shape):
     """Texts to classify."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid")
 
     texts: list[str]
+    """None of them empty."""
 
 
-class Prediction(BaseModel):
+class Prediction(Shape):
     """The answer for one text."""
 
     label: str | None
@@ -117,20 +137,20 @@ class Prediction(BaseModel):
     """Who answered; absent where one model answers all."""
 
 
-class ClassifyResponse(BaseModel):
+class ClassifyResponse(Shape):
     """One prediction per text, in the order of the request."""
 
     model: str
     predictions: list[Prediction]
 
 
-class Health(BaseModel):
+class Health(Shape):
     """The model can answer."""
 
     status: Literal["ok"]
 
 
-class Problem(BaseModel):
+class Problem(Shape):
     """Why a request was not answered."""
 
     detail: str
@@ -163,20 +183,18 @@ def read_classify(body: bytes, card: ModelCard) -> Question:
 
 def answer(card: ModelCard, found: Classification) -> ClassifyResponse:
     """Put a classification of N texts into the words of the protocol."""
-    predictions = []
-    best = found.probabilities.argmax(axis=1).tolist()
-    for position, (row, column) in enumerate(zip(found.probabilities.tolist(), best, strict=True)):
-        prediction = Prediction(
-            label=card.labels[column],
-            confidence=row[column],
-            probabilities=dict(zip(card.labels, row, strict=True)),
-        )
-        if found.by is not None:
-            prediction.by = found.by[position]
-            if prediction.by is None:
-                prediction.label = None
-        predictions.append(prediction)
-    return ClassifyResponse(model=card.name, predictions=predictions)
+    rows = found.probabilities.tolist()
+    return ClassifyResponse(
+        model=card.name,
+        predictions=[
+            Prediction(
+                **verdict,
+                confidence=max(row),
+                probabilities=dict(zip(card.labels, row, strict=True)),
+            )
+            for verdict, row in zip(found.verdicts(card.labels), rows, strict=True)
+        ],
+    )
 
 
 def parse(body: bytes, shape: type[Body]) -> Body:
