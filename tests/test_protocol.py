@@ -1,22 +1,29 @@
 """The HTTP protocol, asked of a served student: limits, the token, and strange text."""
 
+import asyncio
 import json
 import os
 import socket
+import time
+from collections import Counter
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import ray
+from bare import TOKEN
+from malformed import RAW, malformed_requests
+from ray import serve
 from untrained import LABELS, untrained_student
 
 from llkd_ray.config import ServeSection
 from llkd_ray.errors import ConfigError
 from llkd_ray.serving.access import token_digest
-from llkd_ray.serving.deploy import running, student_app
+from llkd_ray.serving.deploy import APP, running, student_app
 
 pytestmark = pytest.mark.slow
 
-TOKEN = "correct horse battery staple"  # noqa: S105 - of this test alone
 CONFIG = ServeSection(
     port=0,
     max_texts_per_request=4,
@@ -174,10 +181,12 @@ def test_answers_strange_text(client, text):
         b"Bearer \xff\xfe",
     ],
 )
-@pytest.mark.parametrize("path", ["/v1/model", "/v1/classify"])
+@pytest.mark.parametrize(
+    "path", ["/v1/model", "/openapi.json", "/v1/classify", "/classify", "/predict"]
+)
 def test_without_the_token_nothing_is_told(url, header, path):
     headers = {} if header is None else {"Authorization": header}
-    method = "GET" if path == "/v1/model" else "POST"
+    method = "GET" if path in ("/v1/model", "/openapi.json") else "POST"
     response = httpx.request(method, url + path, headers=headers, content=b"not JSON")
     assert response.status_code == 401
     assert response.headers["www-authenticate"] == "Bearer"
@@ -190,8 +199,68 @@ def test_health_asks_for_no_token(url):
 
 def test_other_paths_and_methods_are_not_there(client):
     assert client.get("/v1/classify").status_code == 405
-    for path in ("/", "/docs", "/openapi.json", "/v1", "/v1/classify/x"):
-        assert client.get(path).status_code == 404
+    for path in ("/docs", "/metrics", "/v1", "/v1/classify/x", "/v1/classify/"):
+        response = client.get(path)
+        assert response.status_code == 404
+        assert "/openapi.json" in response.json()["detail"]
+
+
+def test_a_thousand_malformed_requests_are_refused_and_a_good_one_is_answered_after_them(client):
+    url = client.base_url
+
+    async def send_all():
+        limits = httpx.Limits(max_connections=16)
+        async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60) as malformed:
+            return await asyncio.gather(
+                *(malformed.request(**request) for request in malformed_requests(TOKEN, 1000))
+            )
+
+    answers = Counter(
+        (response.request.method, response.status_code, response.request.url.path)
+        for response in asyncio.run(send_all())
+    )
+    assert {status // 100 for _, status, _ in answers} == {4}, answers
+    assert client.post("/v1/classify", json={"texts": ["Who?"]}).status_code == 200
+    # Nothing was replaced meanwhile either: the same replica has answered all of them.
+    replicas = serve.status().applications[APP].deployments["student"].replica_states
+    assert replicas == {"RUNNING": 1}
+
+
+@pytest.mark.parametrize("sent", RAW.values(), ids=RAW)
+def test_what_is_hardly_http_gets_no_5xx(url, client, sent):
+    with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), 30) as raw:
+        raw.settimeout(30)
+        raw.sendall(sent.replace(b"TOKEN", TOKEN.encode()))
+        raw.shutdown(socket.SHUT_WR)
+        answer = raw.recv(1000)
+    assert answer[:10] in (b"", *(b"HTTP/1.1 %d" % digit for digit in (2, 4))), answer
+    assert client.get("/v1/model").status_code == 200
+
+
+def test_the_access_log_has_a_line_per_request_without_texts_or_token(client):
+    name = "line-of-this-test"
+    text = "a text that no log may hold"
+    headers = {"X-Request-Id": name}
+    response = client.post("/v1/classify", json={"texts": [text, text]}, headers=headers)
+    assert response.headers.get_list("x-request-id") == [name]
+    made = client.post("/v1/classify", json={"texts": [text]}).headers.get_list("x-request-id")
+    assert len(made) == 1
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    deadline = time.monotonic() + 20
+    printed = ""
+    while made[0] not in printed and time.monotonic() < deadline:
+        time.sleep(0.1)
+        printed = "".join(file.read_text(errors="replace") for file in logs.rglob("worker-*.out"))
+    (line,) = (json.loads(line) for line in printed.splitlines() if name in line)
+    assert line.keys() == {"time", "id", "method", "path", "status", "ms", "texts"}
+    assert (line["id"], line["method"], line["path"]) == (name, "POST", "/v1/classify")
+    assert (line["status"], line["texts"]) == (200, 2)
+    everything = "".join(
+        file.read_text(errors="replace") for file in logs.rglob("*") if file.is_file()
+    )
+    assert name in everything
+    assert text not in everything
+    assert TOKEN not in everything
 
 
 def test_an_empty_token_variable_is_an_error_at_the_start(monkeypatch):

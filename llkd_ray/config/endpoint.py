@@ -41,6 +41,9 @@ class ServeSection(Section):
     """Requests that wait in a proxy at most; past them the answer is 503."""
     start_timeout_s: PositiveFloat = 600.0
     """The job gives up when the endpoint does not answer by then."""
+    access_log: bool = True
+    """One line of JSON per request, without its texts, in what the replica prints: Ray keeps it
+    among its logs as worker-*.out."""
     token_env: str | None = None
     """Name of the environment variable with the bearer token; no token is asked for without it."""
 

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -22,7 +21,6 @@ from llkd_ray.errors import ConfigError
 from llkd_ray.serving.protocol import Classification
 
 _log = logging.getLogger(__name__)
-_lines = logging.getLogger("llkd_ray.access")
 # What tracing systems send, and nothing that could forge a line of a log.
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}", re.ASCII)
 CLIENT_LEFT = 499
@@ -107,17 +105,11 @@ class Access:
                 observe(answered)
 
 
-def write_access_line(answered: Answered) -> None:
-    """Observe a request: write one line of JSON to standard output, which Ray keeps per process.
+def print_line(answered: Answered) -> None:
+    """Observe a request: print one line of JSON, which Ray keeps with what its process prints.
 
-    Its keys are time, id, method, path, status, ms and texts (how many).
+    Its keys are time (of the end, UTC), id, method, path, status, ms and texts (how many).
     """
-    if not _lines.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        _lines.addHandler(handler)
-        _lines.setLevel(logging.INFO)
-        _lines.propagate = False
     line = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "id": answered.id,
@@ -127,7 +119,7 @@ def write_access_line(answered: Answered) -> None:
         "ms": round(answered.seconds * 1000, 1),
         "texts": answered.texts,
     }
-    _lines.info(json.dumps(line))
+    print(json.dumps(line), flush=True)
 
 
 def token_digest(token_env: str | None) -> bytes | None:

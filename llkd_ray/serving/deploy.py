@@ -17,7 +17,7 @@ from ray.serve.config import BackpressureConfig
 
 from llkd_ray.config import ServeSection
 from llkd_ray.errors import ClusterError, EndpointError
-from llkd_ray.serving.access import token_digest
+from llkd_ray.serving.access import print_line, token_digest
 from llkd_ray.serving.application import application
 from llkd_ray.serving.protocol import Classifier, ModelCard, model_card
 from llkd_ray.serving.student import StudentClassifier, student_labels
@@ -39,16 +39,21 @@ class Endpoint:
     """What runs in a replica: the web application and its model, in one process."""
 
     def __init__(
-        self, open_model: Callable[[], Classifier], card: ModelCard, digest: bytes | None
+        self,
+        open_model: Callable[[], Classifier],
+        card: ModelCard,
+        digest: bytes | None,
+        access_log: bool,
     ) -> None:
         """Load the model; the replica takes no request before that."""
         self._classifier = open_model()
         self._card = card
         self._digest = digest
+        self._observers = [print_line] if access_log else []
 
     def __serve_build_asgi_app__(self) -> Any:
         """Let Serve ask for the web application, after the constructor."""
-        return application(self._card, self._classifier, self._digest)
+        return application(self._card, self._classifier, self._digest, self._observers)
 
     def check_health(self) -> None:
         """Let Serve replace the replica when this raises."""
@@ -122,8 +127,9 @@ def _app(
         # A model that does not load once does not load; the default tries twenty times.
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=10,
+        logging_config={"enable_access_log": False},  # Ours says more, and in JSON.
     )(serve.ingress()(Endpoint))
-    return deployment.bind(open_model, card, token_digest(config.token_env))
+    return deployment.bind(open_model, card, token_digest(config.token_env), config.access_log)
 
 
 @contextlib.contextmanager
