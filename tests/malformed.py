@@ -49,7 +49,7 @@ def malformed_requests(token: str, count: int) -> Iterator[dict[str, Any]]:
                 )
                 headers["Authorization"] = wrong
             case 1:
-                method = rng.choice(("GET", "PUT", "DELETE", "PATCH", "FROB"))
+                method = rng.choice(("GET", "PUT", "DELETE", "PATCH", "OPTIONS"))
             case 2:
                 path += rng.choice(("/", "/x", "%00", "%ff", "%2e%2e", "//", "\u00e4"))
             case 3 | 4 | 5:
@@ -75,6 +75,7 @@ RAW = {
     "bytes": bytes(range(256)),
     "not a version": b"GET / HTTP/9.9\r\n\r\n",
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    "no method": b"FROB /v1/classify HTTP/1.1\r\nHost: here\r\n\r\n",
     "no host": b"GET /healthz HTTP/1.1\r\n\r\n",
     "negative length": _START + b"Content-Length: -1\r\n\r\n",
     "two lengths": _START + b"Content-Length: 3\r\n" + _GOOD,

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from bare import NAME, TOKEN, answering, bare_student
 from huggingface_hub import InferenceClient
-from pydantic import TypeAdapter
 from untrained import LABELS, untrained_student
 
 from llkd_ray.config import ServeSection

@@ -1,6 +1,7 @@
 """The HTTP protocol, asked of a served student: limits, the token, and strange text."""
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -229,10 +230,11 @@ def test_a_thousand_malformed_requests_are_refused_and_a_good_one_is_answered_af
 @pytest.mark.parametrize("sent", RAW.values(), ids=RAW)
 def test_what_is_hardly_http_gets_no_5xx(url, client, sent):
     with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), 30) as raw:
-        raw.settimeout(30)
-        raw.sendall(sent.replace(b"TOKEN", TOKEN.encode()))
-        raw.shutdown(socket.SHUT_WR)
-        answer = raw.recv(1000)
+        raw.settimeout(2)
+        answer = b""  # It stays so where the rest is waited for, or the connection is cut.
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            raw.sendall(sent.replace(b"TOKEN", TOKEN.encode()))
+            answer = raw.recv(1000)
     assert answer[:10] in (b"", *(b"HTTP/1.1 %d" % digit for digit in (2, 4))), answer
     assert client.get("/v1/model").status_code == 200
 

@@ -84,7 +84,7 @@ def application(
     async def root(_request: Request) -> Response:
         return shown
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/classify", asking(read_classify), methods=["POST"]),
             Route("/classify", asking(read_vllm), methods=["POST"]),
@@ -97,6 +97,8 @@ def application(
         middleware=[Middleware(Access, observers=observers)],
         exception_handlers={Refusal: _refused, HTTPException: _unrouted},
     )
+    app.router.redirect_slashes = False  # A redirect would name the host that the client named.
+    return app
 
 
 def _refused(_request: Request, error: Exception) -> Response:
