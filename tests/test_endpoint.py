@@ -62,7 +62,8 @@ def scores(expected):
     return [list(item["probabilities"].values()) for item in expected]
 
 
-@pytest.mark.slow  # vLLM's modules take their time.
+@pytest.mark.slow  # vLLM's modules take their time, and what they import is partly deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_classes_of_vllm_write_our_requests_and_read_our_answers(client, expected):
     from vllm.entrypoints.pooling.classify.protocol import (
         ClassificationCompletionRequest,
