@@ -3,15 +3,17 @@
 Four rates over the same questions on this machine, none while another runs:
 
 - the labelling stage, from its first answered batch to its last;
-- `vllm.LLM.generate` with the same engine arguments on the same prompts, already tokenized, all
-  handed over at once, in the processes that it starts by itself. It runs before and after each run
-  of the stage, so that a drift of the machine meets both;
+- `vllm.LLM.generate` with the same engine arguments on the same prompts, all handed over at once as
+  text, in the processes that it starts by itself. It runs before and after each run of the stage,
+  so that a drift of the machine meets both; once more for the prompts as token ids, where the stage
+  has the tokenizing to do and bare vLLM has not;
 - the same engine with the block size that vLLM takes on this machine by itself and with the row's
   text first in the prompt, as most people write one;
 - a matrix product, which bounds what any engine could do: FLOPs of the uncached tokens over the
   rate of `torch.matmul`.
 
-The prompt shows three examples of each of the six labels.
+The prompt shows three examples of each of the six labels, and its shared part fills whole cache
+blocks by its own words, so that its text and its token ids are the same to vLLM.
 """
 
 import json
@@ -21,21 +23,26 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import figures
 
 from llkd_ray.config import Experiment, VLLMTeacher, load_experiment
+from llkd_ray.errors import LLKDError
 
 QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.toml"
+# Makes the part that all prompts share a whole number of cache blocks, without filler.
+_LAST_WORDS = " Read it with care and give the best label."
 
 
 def experiment_in(folder: str, rows: int) -> Experiment:
     """Return the quickstart with three examples of each label and a number of rows to label."""
+    instruction = load_experiment(QUICKSTART).task.instruction + _LAST_WORDS
     return load_experiment(
         QUICKSTART,
         [
             f"runs={folder}",
+            f"task.instruction={json.dumps(instruction)}",
             'teacher.splits=["unlabeled"]',
             f"teacher.max_unlabeled_rows={rows}",
             "teacher.shots.kind=balanced",
@@ -62,29 +69,32 @@ def measure(rows: int, default_rows: int, rounds: int) -> dict[str, Any]:
         assert prompt is not None
         texts = _texts(read_shards(corpus / "unlabeled"), rows)
         prompts = [encoded.ids for encoded in prompt.encode(texts)]
+        written = _written(opening, prompts)
         tokens = list(prompt.readout.branches[0].tokens)
         print(f"{len(texts)} rows, {len(prompts[0])} tokens in the first prompt", flush=True)
-        stage_rates, bare_rates, stage_tokens = [], [], 0.0
-        bare = Bare(experiment, {"prompts": prompts, "tokens": tokens})
+        stage_rates, bare_rates, tokenized_rates, stage_tokens = [], [], [], 0.0
+        bare = Bare(experiment, {"prompts": prompts, "texts": written, "tokens": tokens})
         try:
             for number in range(rounds):
-                bare_rates.append(bare.rate())
+                bare_rates.append(bare.rate("texts"))
                 with ray_session(experiment.ray):
                     answered = _stage(Path(folder), number, corpus, opening)
                 stage_rates.append(answered.rows_per_s)
                 stage_tokens = answered.tokens_per_s / answered.rows_per_s
                 hit_rate = answered.cached_tokens / answered.prompt_tokens
-                bare_rates.append(bare.rate())
+                bare_rates.append(bare.rate("texts"))
+                tokenized_rates.append(bare.rate("prompts"))
                 print(
                     f"round {number + 1}: stage {stage_rates[-1]:.1f} rows/s, bare vLLM before and "
-                    f"after {bare_rates[-2]:.1f} and {bare_rates[-1]:.1f}",
+                    f"after {bare_rates[-2]:.1f} and {bare_rates[-1]:.1f}, from token ids "
+                    f"{tokenized_rates[-1]:.1f}",
                     flush=True,
                 )
         finally:
             bare.close()
         default = default_layout_rate(experiment, texts[:default_rows], tokens)
         flops_per_s = matmul_flops_per_s(experiment)
-    stage, plain = _mean(stage_rates), _mean(bare_rates)
+    stage, plain, tokenized = map(_mean, (stage_rates, bare_rates, tokenized_rates))
     flops_per_row = model_flops_per_row(opening, stage_tokens, _mean(list(map(len, prompts))))
     print(
         figures.table(
@@ -92,6 +102,7 @@ def measure(rows: int, default_rows: int, rounds: int) -> dict[str, Any]:
             [
                 ["labelling stage", stage, 1.0],
                 ["vllm.LLM.generate, same engine and prompts", plain, stage / plain],
+                ["the same from token ids", tokenized, stage / tokenized],
                 ["default block size, text first", default, stage / default],
                 ["matrix product of the same FLOPs", flops_per_s / flops_per_row, None],
             ],
@@ -99,11 +110,13 @@ def measure(rows: int, default_rows: int, rounds: int) -> dict[str, Any]:
     )
     return {
         "stage_over_vllm": round(stage / plain, 3),
+        "stage_over_vllm_from_ids": round(stage / tokenized, 3),
         "over_default_layout": round(stage / default, 2),
         "cache_hit_rate": round(hit_rate, 3),
         "over_flops_limit": round(stage * flops_per_row / flops_per_s, 3),
         "stage_rows_per_s": round(stage, 2),
         "bare_rows_per_s": round(plain, 2),
+        "bare_from_ids_rows_per_s": round(tokenized, 2),
         "default_layout_rows_per_s": round(default, 2),
         "uncached_tokens_per_row": round(stage_tokens, 1),
         "matmul_gflops_per_s": round(flops_per_s / 1e9, 1),
@@ -130,6 +143,30 @@ def _texts(shards: list[Path], rows: int) -> list[str]:
     for shard in shards:
         texts += pq.read_table(shard, columns=["text"]).column("text").to_pylist()
     return texts[:rows]
+
+
+def _written(opening: Any, prompts: list[list[int]]) -> list[str]:
+    """Return the prompts as text, after proof that vLLM will read the same tokens from it.
+
+    Raises:
+        LLKDError: It would not, so that two different things would be compared.
+    """
+    from transformers import AutoTokenizer
+
+    from llkd_ray.teacher.pretrained import teacher_folder
+
+    folder = teacher_folder(opening.teacher.model, opening.cache)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    written = [tokenizer.decode(ids) for ids in prompts]
+    other = sum(
+        tokenizer(text)["input_ids"] != ids for text, ids in zip(written, prompts, strict=True)
+    )
+    if other:
+        raise LLKDError(
+            f"{other} of {len(prompts)} prompts are other tokens when they are read as text: adapt "
+            "_LAST_WORDS to the wording of the quickstart"
+        )
+    return written
 
 
 class Bare:
@@ -159,9 +196,13 @@ class Bare:
         self._tell(json.dumps(work))
         self._hear()
 
-    def rate(self) -> float:
-        """Return rows per second over all prompts, with what they share in the cache alone."""
-        self._tell("go")
+    def rate(self, form: Literal["texts", "prompts"]) -> float:
+        """Return rows per second, with what the prompts share in the cache alone.
+
+        Args:
+            form: Whether they are handed over as text or as token ids.
+        """
+        self._tell(form)
         return float(self._hear())
 
     def close(self) -> None:
@@ -192,10 +233,14 @@ def serve_bare() -> None:
     work = json.loads(sys.stdin.readline())
     llm = LLM(model=work["model"], **work["engine"])
     sampling = SamplingParams(**sampling_arguments(work["tokens"]))
-    prompts = [{"prompt_token_ids": ids} for ids in work["prompts"]]
-    llm.generate(prompts[:64], sampling, use_tqdm=False)
+    forms = {
+        "prompts": [{"prompt_token_ids": ids} for ids in work["prompts"]],
+        "texts": work.get("texts"),
+    }
+    llm.generate(forms["prompts"][:64], sampling, use_tqdm=False)
     print("bare: ready", flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        prompts = forms[line.strip()]
         llm.reset_prefix_cache()
         llm.generate(prompts[:1], sampling, use_tqdm=False)
         started = time.perf_counter()
@@ -221,7 +266,7 @@ def default_layout_rate(experiment: Experiment, texts: list[str], tokens: list[i
     ]
     bare = Bare(experiment, {"prompts": prompts, "tokens": tokens}, block_size=None)
     try:
-        return bare.rate()
+        return bare.rate("prompts")
     finally:
         bare.close()
 
