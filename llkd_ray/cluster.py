@@ -99,6 +99,10 @@ def ray_session(config: RaySection) -> Iterator[None]:
     # Ray starts workers at niceness 15, at which the waiting of vLLM's processes for each other
     # costs a quarter of an engine's speed where they share all cores.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Serve's proxies read this, and send a request again whose replica died.
+    os.environ.setdefault(
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "llkd_ray.serving.ingress.middlewares"
+    )
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

@@ -24,6 +24,7 @@ from llkd_ray.errors import ClusterError, EndpointError, StudentError
 from llkd_ray.lineage import Lineage
 from llkd_ray.serving.batching import Batcher
 from llkd_ray.serving.deploy import running, student_app
+from llkd_ray.serving.protocol import Refusal
 from llkd_ray.serving.student import StudentClassifier
 from llkd_ray.student.train import MODEL
 
@@ -129,8 +130,15 @@ def test_health_is_answered_while_the_student_computes(student_url):
 
 
 async def _with_batcher(compute, work, **settings):
+    usual = {
+        "tokens": lambda _: 1,
+        "max_tokens": 8,
+        "gather_s": 0.0,
+        "max_wait_s": 60.0,
+        "token_s": 0.0,
+    }
     with ThreadPoolExecutor(1) as thread:
-        batcher = Batcher(compute, thread, **{"max_texts": 8, "wait_s": 0.0, **settings})
+        batcher = Batcher(compute, thread, **{**usual, **settings})
         try:
             return await work(batcher)
         finally:
@@ -174,7 +182,7 @@ def test_an_idle_model_waits_for_company_only_as_long_as_it_is_told():
         await batcher.submit(["c"] * 8)  # Full at once: there is nothing to wait for.
         assert time.perf_counter() - start < 0.3
 
-    asyncio.run(_with_batcher(count, work, wait_s=0.4))
+    asyncio.run(_with_batcher(count, work, gather_s=0.4))
     assert calls == [2, 8]
 
 
@@ -207,6 +215,73 @@ def test_a_client_that_leaves_does_not_disturb_those_who_stay():
         assert [answers[i].item() for i in (1, 2, 4, 5)] == [2, 3, 5, 6]
 
     asyncio.run(_with_batcher(slow, work))
+
+
+def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_come_back():
+    computed = []
+
+    def slow(texts):
+        computed.extend(texts)
+        time.sleep(0.02 * len(texts))
+        return np.zeros((len(texts), 1))
+
+    async def work(batcher):
+        for name in "abc":  # Small calls take longer for a token, and are no measure of full ones.
+            await batcher.submit([name])
+        burst = [batcher.submit([f"{row}"] * 8) for row in range(20)]
+        answers = await asyncio.gather(*burst, return_exceptions=True)
+        refused = [answer for answer in answers if isinstance(answer, Refusal)]
+        # A call of 8 takes 0.16 s: 4 and those before them wait for 0.5 s at most.
+        assert len(answers) - len(refused) == 4
+        assert {(refusal.status, refusal.headers["Retry-After"]) for refusal in refused} == {
+            (429, "1")
+        }
+        assert "read in 0.6 s" in refused[0].reason
+        assert (await batcher.submit(["after it"])).shape == (1, 1)
+
+    asyncio.run(_with_batcher(slow, work, token_s=0.02, max_wait_s=0.5))
+    assert len(computed) == 3 + 4 * 8 + 1
+
+
+def test_the_rate_that_refuses_follows_what_full_calls_take():
+    calls = []
+
+    def slow(texts):
+        time.sleep(0.03)
+        return np.zeros((len(texts), 1))
+
+    async def work(batcher):
+        for _ in range(16):
+            await batcher.submit(["x"] * 8)
+        answers = await asyncio.gather(
+            *(batcher.submit(["x"] * 8) for _ in range(20)), return_exceptions=True
+        )
+        # It was told of 1 s for a token, and 8 tokens take 0.03 s.
+        assert not any(isinstance(answer, Refusal) for answer in answers)
+
+    asyncio.run(_with_batcher(slow, work, token_s=1.0, max_wait_s=5.0, observe=calls.append))
+    assert sum(call.texts for call in calls) == 36 * 8
+    assert calls[16].waiting == 19 * 8
+
+
+def test_a_request_whose_deadline_passes_while_it_waits_is_not_computed():
+    computed = []
+
+    def slow(texts):
+        computed.extend(texts)
+        time.sleep(0.2)
+        return np.zeros((len(texts), 1))
+
+    async def work(batcher):
+        first = asyncio.create_task(batcher.submit(["first"] * 8))
+        await asyncio.sleep(0.05)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(batcher.submit(["late"] * 8), 0.05)
+        await first
+        await batcher.submit(["next"])
+
+    asyncio.run(_with_batcher(slow, work))
+    assert set(computed) == {"first", "next"}
 
 
 @pytest.mark.slow

@@ -15,7 +15,15 @@ class ServeSection(Section):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """0 takes a free port."""
-    num_replicas: PositiveInt = 1
+    ingress: Literal["serve", "haproxy"] = "serve"
+    """What stands before the replicas: Serve's own proxy in Python, or HAProxy, which Serve starts
+    and which leaves more of the machine to them."""
+    num_replicas: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Or [fewest, most]: as many of them as `target_ongoing_requests` asks for."""
+    target_ongoing_requests: PositiveFloat = 8.0
+    """Requests of one replica, those that wait included, past which there are to be more."""
+    downscale_delay_s: PositiveFloat = 300.0
+    """For so long there must have been too many replicas before one is taken down."""
     cpus_per_replica: PositiveFloat = 2.0
     gpus_per_replica: NonNegativeFloat = 0.0
     threads_per_replica: PositiveInt | None = None
@@ -35,10 +43,18 @@ class ServeSection(Section):
     max_texts_per_request: PositiveInt = 256
     max_text_chars: PositiveInt = 20_000
     max_body_bytes: PositiveInt = 4_000_000
-    max_ongoing_requests: PositiveInt = 128
+    max_queue_ms: PositiveFloat = 1000.0
+    """A request that would wait for longer than this for the student is refused at once, with 429
+    and the seconds after which to ask again. The wait is known from the texts in front of it and
+    from the rate of the calls before."""
+    max_ongoing_requests: PositiveInt = 512
     """Requests that one replica holds at once; the next ones wait in the proxy."""
     max_queued_requests: PositiveInt = 512
-    """Requests that wait in a proxy at most; past them the answer is 503."""
+    """Requests that wait in a proxy at most, as they do while a replica starts; past them the
+    answer is 429."""
+    deadline_s: PositiveFloat = 60.0
+    """A request without an answer by then is dropped, uncomputed if it still waits, and answered
+    504. The header X-Request-Timeout-Seconds sets another deadline for one request."""
     start_timeout_s: PositiveFloat = 600.0
     """The job gives up when the endpoint does not answer by then."""
     access_log: bool = True
@@ -59,6 +75,8 @@ class ServeSection(Section):
 
     @validator(mode="after")
     def _fits_together(self) -> "ServeSection":
+        if isinstance(self.num_replicas, tuple) and self.num_replicas[0] > self.num_replicas[1]:
+            raise ValueError("num_replicas = [fewest, most]: the fewest are more than the most")
         if self.backend.startswith("onnx") and self.gpus_per_replica:
             raise ValueError(
                 f"backend = {self.backend!r} computes on CPUs; with gpus_per_replica choose "

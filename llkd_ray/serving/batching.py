@@ -1,10 +1,14 @@
-"""Put the texts of several waiting requests into one call of the model.
+"""Put the texts of several waiting requests into one call of the model, and refuse in time.
 
 While the model computes, requests gather; the next call takes them together. So batches grow with
-the load by themselves, and a lone request does not wait for company.
+the load by themselves, and a lone request does not wait for company. How long a request would have
+to wait is known beforehand, from the tokens in front of it and the time that full calls take for
+a token; one that would wait too long is refused at once, when asking elsewhere still helps.
 """
 
 import asyncio
+import contextlib
+import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -13,12 +17,31 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from llkd_ray.serving.protocol import Refusal
+
 Floats = npt.NDArray[np.float64]
+
+# Of the time that the last full call took for a token, in the average over such calls.
+_NEWEST_SHARE = 0.3
 
 
 @dataclass(frozen=True)
+class Call:
+    """One call of the model."""
+
+    requests: int
+    texts: int
+    tokens: int
+    """Estimated."""
+    seconds: float
+    waiting: int
+    """Tokens that wait for the next calls, estimated."""
+
+
+@dataclass(frozen=True, eq=False)
 class _Waiting:
     texts: list[str]
+    tokens: int
     since: float
     answer: asyncio.Future[Floats]
 
@@ -27,7 +50,8 @@ class Batcher:
     """Feed one model from many coroutines, in the order in which they came.
 
     The model computes in another thread, so the event loop stays free to read requests and to
-    answer health checks.
+    answer health checks. A request whose coroutine is cancelled while it waits, as Serve does past
+    a deadline or when the client has left, is not computed.
     """
 
     def __init__(
@@ -35,35 +59,70 @@ class Batcher:
         compute: Callable[[list[str]], Floats],
         thread: Executor,
         *,
-        max_texts: int,
-        wait_s: float,
+        tokens: Callable[[str], int],
+        max_tokens: int,
+        gather_s: float,
+        max_wait_s: float,
+        token_s: float,
+        observe: Callable[[Call], None] | None = None,
     ) -> None:
         """Prepare; the first `submit` starts the work, in its event loop.
 
         Args:
             compute: Takes N texts and returns an array [N, C]. Called once at a time.
             thread: Where `compute` is called.
-            max_texts: Requests share a call up to this many texts; one that is larger goes alone.
-            wait_s: How long an idle model lets a request wait for others.
+            tokens: Estimates the tokens of a text, quickly.
+            max_tokens: Requests share a call up to so many estimated tokens; one that is larger
+                goes alone.
+            gather_s: How long an idle model lets a request wait for others.
+            max_wait_s: A request that would wait for longer is refused.
+            token_s: Seconds that a full call takes for an estimated token; corrected by the calls
+                that are seen.
+            observe: Told of each call.
         """
         self._compute = compute
-        self._max_texts = max_texts
-        self._wait_s = wait_s
+        self._tokens = tokens
+        self._max_tokens = max_tokens
+        self._gather_s = gather_s
+        self._max_wait_s = max_wait_s
+        self._token_s = token_s
+        self._observe = observe
         self._waiting: deque[_Waiting] = deque()
+        self._waiting_tokens = 0
+        self._computing_tokens = 0
         self._arrived = asyncio.Event()
         self._thread = thread
         self._worker: asyncio.Task[None] | None = None
 
     async def submit(self, texts: list[str]) -> Floats:
-        """Return the model's rows for these texts, in their order."""
+        """Return the model's rows for these texts, in their order.
+
+        Raises:
+            Refusal: 429, they would wait for too long.
+        """
         loop = asyncio.get_running_loop()
         if self._worker is None:
             self._worker = loop.create_task(self._work())
         self.check_health()
-        request = _Waiting(texts, loop.time(), loop.create_future())
+        wait_s = (self._waiting_tokens + self._computing_tokens) * self._token_s
+        if wait_s > self._max_wait_s:
+            raise Refusal(
+                429,
+                f"too many texts are waiting: yours would be read in {wait_s:.1f} s; ask later",
+                {"Retry-After": str(math.ceil(wait_s))},
+            )
+        tokens = sum(map(self._tokens, texts))
+        request = _Waiting(texts, tokens, loop.time(), loop.create_future())
         self._waiting.append(request)
+        self._waiting_tokens += tokens
         self._arrived.set()
-        return await request.answer
+        try:
+            return await request.answer
+        except asyncio.CancelledError:
+            with contextlib.suppress(ValueError):  # It is computed already.
+                self._waiting.remove(request)
+                self._waiting_tokens -= tokens
+            raise
 
     def check_health(self) -> None:
         """Raise if no request will ever be answered again."""
@@ -83,9 +142,9 @@ class Batcher:
         while True:
             await self._gather()
             requests = self._take()
-            if not requests:
-                continue
             texts = [text for request in requests for text in request.texts]
+            self._computing_tokens = sum(request.tokens for request in requests)
+            began = loop.time()
             computed = loop.run_in_executor(self._thread, self._compute, texts)
             await asyncio.wait([computed])
             error = computed.exception()
@@ -98,34 +157,48 @@ class Batcher:
                     else:
                         request.answer.set_result(computed.result()[start:end])
                 start = end
+            tokens, self._computing_tokens = self._computing_tokens, 0
+            call = Call(
+                requests=len(requests),
+                texts=len(texts),
+                tokens=tokens,
+                seconds=loop.time() - began,
+                waiting=self._waiting_tokens,
+            )
+            if error is None:
+                self._learn(call)
+            if self._observe is not None:
+                self._observe(call)
+
+    def _learn(self, call: Call) -> None:
+        """Correct the time of a token.
+
+        Small calls take several times as long for a token as full ones, and say nothing about a
+        queue: it is computed in full ones.
+        """
+        if call.tokens >= self._max_tokens / 2:
+            self._token_s += _NEWEST_SHARE * (call.seconds / call.tokens - self._token_s)
 
     async def _gather(self) -> None:
         """Return when there is work and its oldest request has waited long enough."""
-        while not self._waiting:
-            self._arrived.clear()
-            await self._arrived.wait()
         loop = asyncio.get_running_loop()
-        deadline = self._waiting[0].since + self._wait_s
-        while self._num_waiting() < self._max_texts and loop.time() < deadline:
+        while True:
             self._arrived.clear()
-            try:
-                await asyncio.wait_for(self._arrived.wait(), deadline - loop.time())
-            except TimeoutError:
-                return
+            wait_s = None
+            if self._waiting:
+                wait_s = self._waiting[0].since + self._gather_s - loop.time()
+                if wait_s <= 0 or self._waiting_tokens >= self._max_tokens:
+                    return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), wait_s)
 
     def _take(self) -> list[_Waiting]:
-        """Take whole requests from the front, at least one if there is any."""
+        """Take whole requests from the front, at least one."""
         taken: list[_Waiting] = []
-        texts = 0
-        while self._waiting:
-            request = self._waiting[0]
-            if taken and texts + len(request.texts) > self._max_texts:
-                break
-            self._waiting.popleft()
-            if not request.answer.cancelled():
-                taken.append(request)
-                texts += len(request.texts)
+        tokens = 0
+        while self._waiting and (not taken or tokens + self._waiting[0].tokens <= self._max_tokens):
+            request = self._waiting.popleft()
+            taken.append(request)
+            tokens += request.tokens
+        self._waiting_tokens -= tokens
         return taken
-
-    def _num_waiting(self) -> int:
-        return sum(len(request.texts) for request in self._waiting)

@@ -4,6 +4,8 @@ Shape legend: N texts, C classes.
 """
 
 import json
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 
 from llkd_ray.config import ServeSection
 from llkd_ray.errors import StudentError
-from llkd_ray.serving.batching import Batcher
+from llkd_ray.serving.batching import Batcher, Call
 from llkd_ray.serving.protocol import Classification
 from llkd_ray.student.batches import tokenize
 from llkd_ray.student.model import load_tokenizer
@@ -27,6 +29,11 @@ from llkd_ray.student.runtime import (
 # Requests share a call of up to this many forward passes, cut by length: texts of like length
 # stand together, and little is computed for padding.
 _PASSES_PER_CALL = 4
+# How batches are measured before they are tokenized: subword tokenizers make a token of about
+# four letters, and put one before and one behind the text. Where that is wrong, so is the time
+# that a call is seen to take for a token, and their product is right again.
+_CHARS_PER_TOKEN = 4
+_MARKS = 2
 
 
 def student_labels(folder: Path) -> tuple[str, ...]:
@@ -47,13 +54,20 @@ def student_labels(folder: Path) -> tuple[str, ...]:
 class StudentClassifier:
     """A text classifier that shares its forward passes between requests."""
 
-    def __init__(self, folder: Path, max_length: int, serve: ServeSection) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_length: int,
+        serve: ServeSection,
+        observe: Callable[[Call], None] | None = None,
+    ) -> None:
         """Load the model.
 
         Args:
             folder: Model and tokenizer: a plain student, or one for ONNX Runtime.
             max_length: Tokens of a text that are read; the rest is cut.
-            serve: Backend, threads, device and sizes of batches.
+            serve: Backend, threads, device, sizes of batches and the longest wait.
+            observe: Told of each call of the model, in the event loop.
 
         Raises:
             StudentError: It cannot be loaded, or is not there in the form of `serve.backend`.
@@ -63,15 +77,20 @@ class StudentClassifier:
         # threads per caller, and with more teams than cores they sleep between the layers, which
         # doubles the latency of a single text.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
-        self._thread.submit(self._load, folder, max_length, serve).result()
+        token_s = self._thread.submit(self._load, folder, max_length, serve).result()
         self._batcher = Batcher(
             self.probabilities,
             self._thread,
-            max_texts=_PASSES_PER_CALL * serve.max_batch_texts,
-            wait_s=serve.batch_wait_ms / 1000,
+            tokens=self._estimate,
+            max_tokens=_PASSES_PER_CALL * self._max_tokens,
+            gather_s=serve.batch_wait_ms / 1000,
+            max_wait_s=serve.max_queue_ms / 1000,
+            token_s=token_s,
+            observe=observe,
         )
 
-    def _load(self, folder: Path, max_length: int, serve: ServeSection) -> None:
+    def _load(self, folder: Path, max_length: int, serve: ServeSection) -> float:
+        """Load the model and return the seconds that a full call takes for an estimated token."""
         file = onnx_file(folder, serve.backend)
         if file is not None:
             self._network = onnx_network(file, serve.threads)
@@ -81,12 +100,25 @@ class StudentClassifier:
             torch.set_num_threads(serve.threads)
             self._network = torch_network(folder)
         self._tokenizer = load_tokenizer(folder)
-        self._max_length = min(max_length, self._tokenizer.model_max_length)
+        self._max_length: int = min(max_length, self._tokenizer.model_max_length)
         # The first pass allocates and dispatches; better here than in somebody's request.
-        self.probabilities(["warm-up"])
+        texts = ["Which words stand in a question of this length ?"] * self._max_texts
+        self.probabilities(texts)
+        began = time.perf_counter()
+        self.probabilities(texts)
+        return (time.perf_counter() - began) / sum(map(self._estimate, texts))
+
+    def _estimate(self, text: str) -> int:
+        """Return about how many tokens are read of a text."""
+        tokens = _MARKS + len(text) // _CHARS_PER_TOKEN
+        return min(tokens, self._max_length)
 
     async def classify(self, texts: list[str]) -> Classification:
-        """Answer N texts."""
+        """Answer N texts.
+
+        Raises:
+            Refusal: 429, they would wait for longer than `serve.max_queue_ms`.
+        """
         return Classification(await self._batcher.submit(texts))
 
     def probabilities(self, texts: list[str]) -> Floats:

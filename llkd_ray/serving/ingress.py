@@ -1,0 +1,134 @@
+"""What stands in Serve's proxies before the replicas: a second try, and one shape of errors.
+
+Serve itself gives a request up when the replica that computes it dies. Classifying a text twice
+harms nobody, so here the request is sent again, and another replica answers it. What Serve says
+of full queues and of deadlines is put into the JSON in which the replicas refuse.
+
+Serve's proxies take this in by the environment variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH,
+which a session of `llkd_ray.cluster` sets. Nothing heavy is imported: the proxies load it.
+"""
+
+import json
+from collections.abc import Iterable
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_ATTEMPTS = 3
+# Other applications of a cluster have the same proxies.
+_PATHS = frozenset(
+    {"/", "/healthz", "/openapi.json", "/v1/model", "/v1/classify", "/classify", "/predict"}
+)
+# A request is held until it is answered, to be sent again; what is larger is not.
+_HELD_BYTES = 16_000_000
+# What Serve answers itself, in plain text: a deadline has passed; a queue is full; there is no
+# replica. 408 would say that the client was slow.
+_SAID_BY_SERVE = {408: 504, 429: 429, 503: 503}
+
+
+def middlewares() -> list[Middleware]:
+    """Return what Serve puts around its proxy."""
+    return [Middleware(Ingress)]
+
+
+class Ingress:
+    """ASGI middleware around Serve's proxy."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request by the proxy, once more if its replica is lost."""
+        if scope["type"] != "http" or scope["path"] not in _PATHS:
+            await self._app(scope, receive, send)
+            return
+        request = _Request(receive)
+        answer = _Answer(send)
+        for _ in range(_ATTEMPTS):
+            # The proxy leaves without a word where the replica was lost, and where the client was.
+            await self._app(dict(scope), request.receive, answer.send)
+            if answer.started or request.gone:
+                return
+            if not request.rewind():
+                break
+        await _refuse(send, 503, "the replica that read the texts was lost; ask again")
+
+
+class _Request:
+    """The messages of a request, which can be read once more."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._held: list[Message] = []
+        self._next = 0
+        self._bytes = 0
+        self.gone = False
+        """Whether the client has left."""
+
+    async def receive(self) -> Message:
+        if self._next < len(self._held):
+            message = self._held[self._next]
+        else:
+            message = await self._receive()
+            self.gone = message["type"] == "http.disconnect"
+            self._bytes += len(message.get("body", b""))
+            if self._bytes > _HELD_BYTES:
+                self._held.clear()
+                return message
+            self._held.append(message)
+        self._next += 1
+        return message
+
+    def rewind(self) -> bool:
+        """Start over; return whether that is possible."""
+        self._next = 0
+        return self._bytes <= _HELD_BYTES
+
+
+class _Answer:
+    """The messages of an answer; what Serve says itself is said in JSON."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._said: bytearray | None = None
+        self._status = 0
+        self._headers: list[tuple[bytes, bytes]] = []
+        self.started = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            headers = dict(message.get("headers", ()))
+            json_body = headers.get(b"content-type", b"").startswith(b"application/json")
+            if message["status"] in _SAID_BY_SERVE and not json_body:
+                self._said = bytearray()
+                self._status = _SAID_BY_SERVE[message["status"]]
+                self._headers = [
+                    (name, value)
+                    for name, value in headers.items()
+                    if name in (b"retry-after", b"x-request-id")
+                ]
+                return
+        if self._said is None:
+            await self._send(message)
+            return
+        self._said += message.get("body", b"")
+        if not message.get("more_body", False):
+            reason = self._said.decode("utf-8", "replace").strip().strip('"')
+            await _refuse(self._send, self._status, reason, self._headers)
+
+
+async def _refuse(
+    send: Send, status: int, reason: str, headers: Iterable[tuple[bytes, bytes]] = ()
+) -> None:
+    body = json.dumps({"detail": reason}).encode()
+    about = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    retry = [(b"retry-after", b"1")] if status == 503 and not headers else []
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [*about, *retry, *headers],
+        }
+    )
+    await send({"type": "http.response.body", "body": body})
