@@ -1,5 +1,6 @@
 """Serve the student over HTTP (serve.target=teacher: the teacher) until interrupted."""
 
+import os
 import signal
 import sys
 import threading
@@ -13,12 +14,16 @@ def serve(experiment: Experiment) -> None:
     # A supervisor's SIGTERM ends the job as Ctrl-C does: the endpoint is taken down in order.
     signal.signal(signal.SIGTERM, _interrupt)
 
+    from llkd_ray.serving.ingress import environment_of
+
+    config = experiment.serve
+    os.environ.update(environment_of(config))  # Serve reads it when it is imported.
+
     from llkd_ray.cluster import ray_session
     from llkd_ray.lineage import Lineage
     from llkd_ray.serving.deploy import running
     from llkd_ray.serving.targets import application_of
 
-    config = experiment.serve
     app = application_of(config.target, Lineage(experiment), config)
     with ray_session(experiment.ray):
         signal.signal(signal.SIGTERM, _interrupt)  # Ray has put its own in place.

@@ -19,6 +19,7 @@ from llkd_ray.config import ServeSection
 from llkd_ray.errors import ClusterError, EndpointError
 from llkd_ray.serving.access import print_line, token_digest
 from llkd_ray.serving.application import application
+from llkd_ray.serving.ingress import require_haproxy
 from llkd_ray.serving.metrics import RequestMetrics, observe_call
 from llkd_ray.serving.protocol import Classifier, ModelCard, model_card
 from llkd_ray.serving.student import StudentClassifier, student_labels
@@ -162,7 +163,9 @@ def running(
     """Serve an application for the length of the block; Ray must be connected.
 
     Where Serve runs on the cluster already, its proxy keeps its address, which `serve.host` and
-    `serve.port` must name, and only the application is taken down at the end.
+    `serve.port` must name, and only the application is taken down at the end. One that is there
+    is replaced, replica by replica and without a failed request; whoever deployed it leaves the
+    new one alone when its own block ends.
 
     Args:
         app: From `student_app` or `teacher_app`.
@@ -173,15 +176,18 @@ def running(
         The base URL, after the endpoint has answered a health check.
 
     Raises:
-        ClusterError: The port is taken, or 0 where Serve runs already.
+        ClusterError: The port is taken, or 0 where Serve runs already; there is no HAProxy.
         EndpointError: The endpoint did not start; the sentence holds Serve's reason.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if config.ingress == "haproxy":
+        require_haproxy()
     joins = bool(serve.status().proxies)
     if joins and config.port == 0:
         raise ClusterError("Serve runs on this cluster already: set serve.port to its HTTP port")
     port = config.port if joins else _bindable(config.host, 0 if free_port else config.port)
     url = f"http://{_reachable(config.host)}:{port}"
+    deployed_s = 0.0
     try:
         if not joins:
             serve.start(
@@ -196,13 +202,11 @@ def running(
         serve.run_many(
             [serve.RunTarget(app, name=APP, route_prefix="/")], wait_for_applications_running=False
         )
+        deployed_s = serve.status().applications[APP].last_deployed_time_s
         _wait_until_running(url, config.start_timeout_s)
         yield url
     finally:
-        if joins:
-            serve.delete(APP)
-        else:
-            _shut_serve_down()
+        _take_down(deployed_s, joins=joins)
 
 
 def _wait_until_running(url: str, timeout_s: float) -> None:
@@ -225,6 +229,22 @@ def _wait_until_running(url: str, timeout_s: float) -> None:
         f"the endpoint at {url} did not start within serve.start_timeout_s = {timeout_s:g}: "
         f"{reason}"
     )
+
+
+def _take_down(deployed_s: float, *, joins: bool) -> None:
+    """Delete the application, unless another was deployed in its place, and Serve if it is ours.
+
+    The application goes first: its replicas answer what they hold, while shutting Serve down would
+    end the proxies, which hold the clients' connections, at once.
+    """
+    with contextlib.suppress(ray.exceptions.RayActorError, TimeoutError):
+        there = serve.status().applications.get(APP)
+        if there is not None:
+            if deployed_s not in (0.0, there.last_deployed_time_s):
+                return
+            serve.delete(APP)
+    if not joins:
+        _shut_serve_down()
 
 
 def _shut_serve_down() -> None:

