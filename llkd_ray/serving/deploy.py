@@ -187,7 +187,7 @@ def running(
         raise ClusterError("Serve runs on this cluster already: set serve.port to its HTTP port")
     port = config.port if joins else _bindable(config.host, 0 if free_port else config.port)
     url = f"http://{_reachable(config.host)}:{port}"
-    deployed_s = 0.0
+    replaces = APP in serve.status().applications
     try:
         if not joins:
             serve.start(
@@ -204,6 +204,12 @@ def running(
         )
         deployed_s = serve.status().applications[APP].last_deployed_time_s
         _wait_until_running(url, config.start_timeout_s)
+    except BaseException:
+        # Replicas that were to be replaced and are not serve on.
+        if not replaces:
+            _take_down(joins=joins)
+        raise
+    try:
         yield url
     finally:
         _take_down(deployed_s, joins=joins)
@@ -231,7 +237,7 @@ def _wait_until_running(url: str, timeout_s: float) -> None:
     )
 
 
-def _take_down(deployed_s: float, *, joins: bool) -> None:
+def _take_down(deployed_s: float | None = None, *, joins: bool) -> None:
     """Delete the application, unless another was deployed in its place, and Serve if it is ours.
 
     The application goes first: its replicas answer what they hold, while shutting Serve down would
@@ -240,7 +246,7 @@ def _take_down(deployed_s: float, *, joins: bool) -> None:
     with contextlib.suppress(ray.exceptions.RayActorError, TimeoutError):
         there = serve.status().applications.get(APP)
         if there is not None:
-            if deployed_s not in (0.0, there.last_deployed_time_s):
+            if deployed_s not in (None, there.last_deployed_time_s):
                 return
             serve.delete(APP)
     if not joins:
