@@ -87,21 +87,25 @@ def endpoint(folder: Path, config: ServeSection) -> Iterator[str]:
 
 def replicas() -> list[psutil.Process]:
     """Return the processes of the replicas below this one."""
-    return [process for process in _family() if process.name().startswith("ray::ServeReplica")]
+    return _below("ray::ServeReplica")
 
 
 def memory_mb() -> float:
     """Return what replicas and proxies hold, in megabytes."""
     held = 0
-    for process in _family():
+    for process in _below("ray::ServeReplica", "ray::ProxyActor", "haproxy"):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name().startswith(("ray::ServeReplica", "ray::ProxyActor", "haproxy")):
-                held += process.memory_info().rss
+            held += process.memory_info().rss
     return held / 1e6
 
 
-def _family() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+def _below(*titles: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name().startswith(titles):
+                found.append(process)
+    return found
 
 
 class Load:
