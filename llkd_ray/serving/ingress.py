@@ -12,7 +12,7 @@ which a session of `llkd_ray.cluster` sets. HAProxy, in their place, sends a req
 import importlib.util
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -160,16 +160,17 @@ class _Answer:
 
 
 async def _refuse(
-    send: Send, status: int, reason: str, headers: Iterable[tuple[bytes, bytes]] = ()
+    send: Send, status: int, reason: str, headers: Sequence[tuple[bytes, bytes]] = ()
 ) -> None:
     body = json.dumps({"detail": reason}).encode()
     about = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    retry = [(b"retry-after", b"1")] if status == 503 and not headers else []
+    if status == 503 and b"retry-after" not in dict(headers):
+        about.append((b"retry-after", b"1"))
     await send(
         {
             "type": "http.response.start",
             "status": status,
-            "headers": [*about, *retry, *headers],
+            "headers": [*about, *headers],
         }
     )
     await send({"type": "http.response.body", "body": body})
