@@ -17,7 +17,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from llkd_ray.config import ServeSection
 from llkd_ray.errors import ClusterError, EndpointError
-from llkd_ray.serving.access import print_line, token_digest
+from llkd_ray.serving.access import Observer, print_line, token_digest
 from llkd_ray.serving.application import application
 from llkd_ray.serving.ingress import require_haproxy
 from llkd_ray.serving.metrics import RequestMetrics, observe_call
@@ -53,12 +53,13 @@ class Endpoint:
         self._classifier = open_model()
         self._card = card
         self._digest = digest
-        self._observers = [print_line] if access_log else []
+        self._observers: list[Observer] = [RequestMetrics(card.labels)]
+        if access_log:
+            self._observers.append(print_line)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Let Serve ask for the web application, after the constructor."""
-        observers = [*self._observers, RequestMetrics(self._card.labels)]
-        return application(self._card, self._classifier, self._digest, observers)
+        return application(self._card, self._classifier, self._digest, self._observers)
 
     def check_health(self) -> None:
         """Let Serve replace the replica when this raises."""
