@@ -29,6 +29,7 @@ _REFUSALS = {
     "429": "More requests wait than can; ask again after the seconds of Retry-After.",
     "500": "A mistake of the endpoint's own; its log has the reason under the request's id.",
     "503": "The endpoint cannot answer now.",
+    "504": "The request's time was up before its answer was there.",
 }
 
 
