@@ -14,7 +14,6 @@ more than in its first fifth. `recovered`: afterwards every request is answered 
 import asyncio
 import statistics
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -97,18 +96,16 @@ async def measure(url: str, *, quick: bool) -> dict[str, Any]:
     }
 
 
-def benchmark(*, quick: bool) -> dict[str, Any]:
+def benchmark(student: Path | None, *, quick: bool) -> dict[str, Any]:
     """Serve a student and overload it."""
-    with tempfile.TemporaryDirectory(prefix="llkd-") as folder:
-        student = served.make_student(Path(folder))
-        with served.endpoint(student, CONFIG) as url:
-            return asyncio.run(measure(url, quick=quick))
+    with served.student_in(student) as folder, served.endpoint(folder, CONFIG) as url:
+        return asyncio.run(measure(url, quick=quick))
 
 
 def main() -> int:
-    parser = figures.parser_of(__doc__, "15 s of overload instead of a minute")
+    parser = served.parser_of(__doc__, "15 s of overload instead of a minute")
     arguments = parser.parse_args()
-    return figures.run(lambda: benchmark(quick=arguments.quick))
+    return figures.run(lambda: benchmark(arguments.student, quick=arguments.quick))
 
 
 if __name__ == "__main__":

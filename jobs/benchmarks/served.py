@@ -4,14 +4,17 @@ Shared by the benchmarks of load and of faults. The student is real and untraine
 encoder with a fresh head, in ONNX Runtime.
 """
 
+import argparse
 import asyncio
 import collections
 import contextlib
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import figures
 import httpx
 import psutil
 
@@ -39,6 +42,25 @@ class Answer:
     told_when: bool
     """Whether a Retry-After came with it."""
     model: str | None
+
+
+def parser_of(summary: str | None, quick: str) -> argparse.ArgumentParser:
+    """Return a parser with `--quick` and `--student`."""
+    parser = figures.parser_of(summary, quick)
+    parser.add_argument(
+        "--student", type=Path, help="folder of an exported student; made anew when not given"
+    )
+    return parser
+
+
+@contextlib.contextmanager
+def student_in(folder: Path | None) -> Iterator[Path]:
+    """Hold the folder of a student, that given or one made for the block."""
+    if folder is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="llkd-") as made:
+        yield make_student(Path(made))
 
 
 def make_student(folder: Path) -> Path:

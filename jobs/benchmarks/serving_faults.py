@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -126,16 +125,14 @@ async def measure(url: str, student: Path, config: ServeSection, *, quick: bool)
     }
 
 
-def benchmark(config: ServeSection, *, quick: bool) -> dict[str, Any]:
+def benchmark(student: Path | None, config: ServeSection, *, quick: bool) -> dict[str, Any]:
     """Serve a student and do to it what happens in production."""
-    with tempfile.TemporaryDirectory(prefix="llkd-") as folder:
-        student = served.make_student(Path(folder))
-        with served.endpoint(student, config) as url:
-            return asyncio.run(measure(url, student, config, quick=quick))
+    with served.student_in(student) as folder, served.endpoint(folder, config) as url:
+        return asyncio.run(measure(url, folder, config, quick=quick))
 
 
 def main() -> int:
-    parser = figures.parser_of(__doc__, "one kill instead of three")
+    parser = served.parser_of(__doc__, "one kill instead of three")
     parser.add_argument("--ingress", choices=["serve", "haproxy"], default="serve")
     arguments = parser.parse_args()
     config = ServeSection(
@@ -151,7 +148,7 @@ def main() -> int:
     from llkd_ray.serving.ingress import environment_of
 
     os.environ.update(environment_of(config))  # Before Serve is imported.
-    return figures.run(lambda: benchmark(config, quick=arguments.quick))
+    return figures.run(lambda: benchmark(arguments.student, config, quick=arguments.quick))
 
 
 if __name__ == "__main__":
