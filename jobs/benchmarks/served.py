@@ -109,13 +109,13 @@ def endpoint(folder: Path, config: ServeSection) -> Iterator[str]:
 
 def replicas() -> list[psutil.Process]:
     """Return the processes of the replicas below this one."""
-    return _below("ray::ServeReplica")
+    return _below("ray::SERVE_REPLICA")
 
 
 def memory_mb() -> float:
     """Return what replicas and proxies hold, in megabytes."""
     held = 0
-    for process in _below("ray::ServeReplica", "ray::ProxyActor", "haproxy"):
+    for process in _below("ray::SERVE_REPLICA", "ray::ProxyActor", "haproxy"):
         with contextlib.suppress(psutil.NoSuchProcess):
             held += process.memory_info().rss
     return held / 1e6
