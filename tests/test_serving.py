@@ -22,7 +22,7 @@ from llkd_ray.artifacts import Rows, make
 from llkd_ray.config import ServeSection, load_experiment
 from llkd_ray.errors import ClusterError, EndpointError, StudentError
 from llkd_ray.lineage import Lineage
-from llkd_ray.serving.batching import Batcher
+from llkd_ray.serving.batching import Batcher, Pace
 from llkd_ray.serving.deploy import running, student_app
 from llkd_ray.serving.protocol import Refusal
 from llkd_ray.serving.student import StudentClassifier
@@ -135,7 +135,7 @@ async def _with_batcher(compute, work, **settings):
         "max_tokens": 8,
         "gather_s": 0.0,
         "max_wait_s": 60.0,
-        "token_s": 0.0,
+        "pace": Pace(0.0, 1e-9),
     }
     with ThreadPoolExecutor(1) as thread:
         batcher = Batcher(compute, thread, **{**usual, **settings})
@@ -226,8 +226,6 @@ def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_come_bac
         return np.zeros((len(texts), 1))
 
     async def work(batcher):
-        for name in "abc":  # Small calls take longer for a token, and are no measure of full ones.
-            await batcher.submit([name])
         burst = [batcher.submit([f"{row}"] * 8) for row in range(20)]
         answers = await asyncio.gather(*burst, return_exceptions=True)
         refused = [answer for answer in answers if isinstance(answer, Refusal)]
@@ -239,11 +237,11 @@ def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_come_bac
         assert "read in 0.6 s" in refused[0].reason
         assert (await batcher.submit(["after it"])).shape == (1, 1)
 
-    asyncio.run(_with_batcher(slow, work, token_s=0.02, max_wait_s=0.5))
-    assert len(computed) == 3 + 4 * 8 + 1
+    asyncio.run(_with_batcher(slow, work, pace=Pace(0.0, 0.02), max_wait_s=0.5))
+    assert len(computed) == 4 * 8 + 1
 
 
-def test_the_rate_that_refuses_follows_what_full_calls_take():
+def test_the_pace_that_refuses_follows_what_calls_take():
     calls = []
 
     def slow(texts):
@@ -259,9 +257,25 @@ def test_the_rate_that_refuses_follows_what_full_calls_take():
         # It was told of 1 s for a token, and 8 tokens take 0.03 s.
         assert not any(isinstance(answer, Refusal) for answer in answers)
 
-    asyncio.run(_with_batcher(slow, work, token_s=1.0, max_wait_s=5.0, observe=calls.append))
+    asyncio.run(
+        _with_batcher(slow, work, pace=Pace(0.0, 1.0), max_wait_s=5.0, observe=calls.append)
+    )
     assert sum(call.texts for call in calls) == 36 * 8
     assert calls[16].waiting == 19 * 8
+
+
+def test_small_calls_which_take_longer_for_a_text_do_not_refuse_a_burst():
+    def slow(texts):
+        time.sleep(0.05 + 0.001 * len(texts))
+        return np.zeros((len(texts), 1))
+
+    async def work(batcher):
+        for _ in range(6):
+            await batcher.submit(["x"])
+        # Each would wait for 2.5 s at the pace of single texts.
+        await asyncio.gather(*(batcher.submit(["x"] * 8) for _ in range(6)))
+
+    asyncio.run(_with_batcher(slow, work, pace=Pace(0.05, 0.001), max_wait_s=1.5))
 
 
 def test_a_request_whose_deadline_passes_while_it_waits_is_not_computed():

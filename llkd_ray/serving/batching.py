@@ -2,8 +2,8 @@
 
 While the model computes, requests gather; the next call takes them together. So batches grow with
 the load by themselves, and a lone request does not wait for company. How long a request would have
-to wait is known beforehand, from the tokens in front of it and the time that full calls take for
-a token; one that would wait too long is refused at once, when asking elsewhere still helps.
+to wait is known beforehand, from the tokens in front of it and what calls have taken; one that
+would wait too long is refused at once, when asking elsewhere still helps.
 """
 
 import asyncio
@@ -21,8 +21,22 @@ from llkd_ray.serving.protocol import Refusal
 
 Floats = npt.NDArray[np.float64]
 
-# Of the time that the last full call took for a token, in the average over such calls.
+# Of the last call in the average over calls.
 _NEWEST_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long calls take on a machine that has nothing else to do."""
+
+    call_s: float
+    """Seconds of a call, however small it is."""
+    token_s: float
+    """Seconds that each estimated token adds."""
+
+    def seconds(self, calls: int, tokens: int) -> float:
+        """Return how long calls with so many tokens together take."""
+        return calls * self.call_s + tokens * self.token_s
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ class Batcher:
         max_tokens: int,
         gather_s: float,
         max_wait_s: float,
-        token_s: float,
+        pace: Pace,
         observe: Callable[[Call], None] | None = None,
     ) -> None:
         """Prepare; the first `submit` starts the work, in its event loop.
@@ -76,8 +90,7 @@ class Batcher:
                 goes alone.
             gather_s: How long an idle model lets a request wait for others.
             max_wait_s: A request that would wait for longer is refused.
-            token_s: Seconds that a full call takes for an estimated token; corrected by the calls
-                that are seen.
+            pace: How long calls take; corrected by how long they are seen to take.
             observe: Told of each call.
         """
         self._compute = compute
@@ -85,7 +98,8 @@ class Batcher:
         self._max_tokens = max_tokens
         self._gather_s = gather_s
         self._max_wait_s = max_wait_s
-        self._token_s = token_s
+        self._pace = pace
+        self._slowness = 1.0
         self._observe = observe
         self._waiting: deque[_Waiting] = deque()
         self._waiting_tokens = 0
@@ -104,7 +118,9 @@ class Batcher:
         if self._worker is None:
             self._worker = loop.create_task(self._work())
         self.check_health()
-        wait_s = (self._waiting_tokens + self._computing_tokens) * self._token_s
+        tokens_before = self._waiting_tokens + self._computing_tokens
+        calls_before = math.ceil(tokens_before / self._max_tokens)
+        wait_s = self._slowness * self._pace.seconds(calls_before, tokens_before)
         if wait_s > self._max_wait_s:
             raise Refusal(
                 429,
@@ -165,19 +181,10 @@ class Batcher:
                 seconds=loop.time() - began,
                 waiting=self._waiting_tokens,
             )
-            if error is None:
-                self._learn(call)
+            slowness = call.seconds / self._pace.seconds(1, tokens)
+            self._slowness += _NEWEST_SHARE * (slowness - self._slowness)
             if self._observe is not None:
                 self._observe(call)
-
-    def _learn(self, call: Call) -> None:
-        """Correct the time of a token.
-
-        Small calls take several times as long for a token as full ones, and say nothing about a
-        queue: it is computed in full ones.
-        """
-        if call.tokens >= self._max_tokens / 2:
-            self._token_s += _NEWEST_SHARE * (call.seconds / call.tokens - self._token_s)
 
     async def _gather(self) -> None:
         """Return when there is work and its oldest request has waited long enough."""

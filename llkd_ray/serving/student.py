@@ -13,7 +13,7 @@ import torch
 
 from llkd_ray.config import ServeSection
 from llkd_ray.errors import StudentError
-from llkd_ray.serving.batching import Batcher, Call
+from llkd_ray.serving.batching import Batcher, Call, Pace
 from llkd_ray.serving.protocol import Classification
 from llkd_ray.student.batches import tokenize
 from llkd_ray.student.model import load_tokenizer
@@ -34,6 +34,7 @@ _PASSES_PER_CALL = 4
 # that a call is seen to take for a token, and their product is right again.
 _CHARS_PER_TOKEN = 4
 _MARKS = 2
+_ORDINARY = "Which words stand in a question of this length ?"
 
 
 def student_labels(folder: Path) -> tuple[str, ...]:
@@ -77,7 +78,7 @@ class StudentClassifier:
         # threads per caller, and with more teams than cores they sleep between the layers, which
         # doubles the latency of a single text.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
-        token_s = self._thread.submit(self._load, folder, max_length, serve).result()
+        pace = self._thread.submit(self._load, folder, max_length, serve).result()
         self._batcher = Batcher(
             self.probabilities,
             self._thread,
@@ -85,12 +86,11 @@ class StudentClassifier:
             max_tokens=_PASSES_PER_CALL * self._max_tokens,
             gather_s=serve.batch_wait_ms / 1000,
             max_wait_s=serve.max_queue_ms / 1000,
-            token_s=token_s,
+            pace=pace,
             observe=observe,
         )
 
-    def _load(self, folder: Path, max_length: int, serve: ServeSection) -> float:
-        """Load the model and return the seconds that a full call takes for an estimated token."""
+    def _load(self, folder: Path, max_length: int, serve: ServeSection) -> Pace:
         file = onnx_file(folder, serve.backend)
         if file is not None:
             self._network = onnx_network(file, serve.threads)
@@ -102,11 +102,21 @@ class StudentClassifier:
         self._tokenizer = load_tokenizer(folder)
         self._max_length: int = min(max_length, self._tokenizer.model_max_length)
         # The first pass allocates and dispatches; better here than in somebody's request.
-        texts = ["Which words stand in a question of this length ?"] * self._max_texts
-        self.probabilities(texts)
+        self._seconds(1)
+        return self._measure()
+
+    def _measure(self) -> Pace:
+        """Time a small call and a large one."""
+        tokens = self._estimate(_ORDINARY)
+        small_s, large_s = self._seconds(1), self._seconds(self._max_texts)
+        # However the two came out, a text more is not for nothing.
+        token_s = max(large_s / 2, large_s - small_s) / (tokens * self._max_texts)
+        return Pace(max(0.0, small_s - tokens * token_s), token_s)
+
+    def _seconds(self, texts: int) -> float:
         began = time.perf_counter()
-        self.probabilities(texts)
-        return (time.perf_counter() - began) / sum(map(self._estimate, texts))
+        self.probabilities([_ORDINARY] * texts)
+        return time.perf_counter() - began
 
     def _estimate(self, text: str) -> int:
         """Return about how many tokens are read of a text."""
