@@ -279,22 +279,24 @@ def test_small_calls_which_take_longer_for_a_text_do_not_refuse_a_burst():
 
 
 def test_a_request_whose_deadline_passes_while_it_waits_is_not_computed():
-    computed = []
+    computed, begun, finish = [], threading.Event(), threading.Event()
 
-    def slow(texts):
+    def held(texts):
         computed.extend(texts)
-        time.sleep(0.2)
+        begun.set()
+        assert finish.wait(60)
         return np.zeros((len(texts), 1))
 
     async def work(batcher):
         first = asyncio.create_task(batcher.submit(["first"] * 8))
-        await asyncio.sleep(0.05)
+        await asyncio.to_thread(begun.wait, 60)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(batcher.submit(["late"] * 8), 0.05)
+        finish.set()
         await first
         await batcher.submit(["next"])
 
-    asyncio.run(_with_batcher(slow, work))
+    asyncio.run(_with_batcher(held, work))
     assert set(computed) == {"first", "next"}
 
 

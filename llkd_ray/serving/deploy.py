@@ -31,8 +31,10 @@ _log = logging.getLogger(__name__)
 APP = "llkd"
 _POLL_S = 0.2
 _SHUTDOWN_S = 30.0
-# Over so many seconds the requests of a replica are averaged before another one is started.
-_LOOK_BACK_S = 10.0
+# Over so many seconds the requests of a replica are averaged; Serve hears of them every ten.
+_LOOK_BACK_S = 15.0
+# For so long there must have been too few replicas before another one is started.
+_UPSCALE_DELAY_S = 10.0
 # An OpenMP thread that waits for its siblings spins for milliseconds by default. Where anything
 # else runs on the cores (Serve's proxy does), it so keeps the very thread that it waits for from
 # running: 64 texts took up to 2.7 s instead of 0.14 s on two shared cores.
@@ -131,7 +133,7 @@ def _app(
                 max_replicas=most,
                 target_ongoing_requests=config.target_ongoing_requests,
                 look_back_period_s=_LOOK_BACK_S,
-                upscale_delay_s=_LOOK_BACK_S,
+                upscale_delay_s=_UPSCALE_DELAY_S,
                 downscale_delay_s=config.downscale_delay_s,
             )
     deployment: serve.Deployment = serve.deployment(
