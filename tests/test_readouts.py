@@ -18,17 +18,18 @@ def test_windows_hold_every_shard_once_and_no_more_rows_than_allowed() -> None:
     shards = [readouts.Shard(f"texts-{number}", "", 10) for number in range(7)]
     rows = [10, 4, 6, 30, 1, 9, 1]
     windows = list(readouts._windows(zip(shards, rows, strict=True), 10))
-    assert [[shards.index(shard) for shard in window] for window in windows] == [
+    assert [[shards.index(shard) for shard, _ in window] for window in windows] == [
         [0], [1, 2], [3], [4, 5], [6],
     ]  # fmt: skip
     assert list(readouts._windows([], 10)) == []
 
 
 @pytest.mark.slow
-def test_a_corpus_of_many_windows_is_answered_as_one(
+def test_a_corpus_of_many_windows_and_of_blocks_of_several_batches_is_answered_as_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readouts, "_WINDOW_BATCHES", 2)
+    monkeypatch.setattr(readouts, "_BLOCKS", 2)
+    monkeypatch.setattr(readouts, "_BATCHES_PER_BLOCK", 3)
     source = tmp_path / "texts.csv"
     source.write_text("text,label\n" + "".join(f"number {n} of many,\n" for n in range(300)))
     experiment = load_experiment(
@@ -40,7 +41,7 @@ def test_a_corpus_of_many_windows_is_answered_as_one(
             "corpus.test_fraction=0.0",
             "corpus.validation_fraction=0.0",
             "teacher.kind=scripted",
-            "teacher.batch_size=32",
+            "teacher.batch_size=16",
             'teacher.splits=["unlabeled"]',
         ],
     )

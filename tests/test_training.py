@@ -146,7 +146,17 @@ def test_a_rule_that_keeps_nothing_for_ever_is_told(tmp_path, work):
     nothing = FixedRule(teacher_threshold=1.0, student_threshold=1.0)
     with pytest.raises(AssertionError):
         run_workers(tmp_path, changed(work, rule=nothing, steps=5), 1)
-    assert len(list(tmp_path.glob("epoch-*"))) == 19
+    assert len(list(tmp_path.glob("epoch-*"))) == 20
+
+
+@pytest.mark.slow
+def test_training_ends_where_a_rule_keeps_no_row_any_more(tmp_path, work):
+    while_unsure = FixedRule(teacher_threshold=0.0, student_threshold=0.97)
+    progress = run_workers(tmp_path, changed(work, rule=while_unsure, steps=10_000), 1)
+    kept = [row["kept"] for row in progress.epochs]
+    assert kept[0] > 0
+    assert kept[-20:] == [0] * 20
+    assert 0 < progress.steps < 10_000
 
 
 @pytest.mark.slow

@@ -52,8 +52,9 @@ Observer = Callable[[Answered], None]
 class Access:
     """Give every request an id, and tell observers how it ended.
 
-    The id is the client's X-Request-Id if it is a sane one. Serve's proxy has put one there
-    otherwise, and puts it into the answer; so it is put there here only when it was made here.
+    The id is the client's X-Request-Id if it is a sane one. Serve's proxy puts one there where
+    there is none, and puts what stands there into the answer; so it is put there here only when it
+    was made here. The answer to an id that is not sane thus carries both.
     """
 
     def __init__(self, app: ASGIApp, observers: Sequence[Observer]) -> None:

@@ -9,6 +9,7 @@ L_w = sum w CE / sum w, so that N workers take the step that one would take.
 Shape legend: N rows of this worker, C classes.
 """
 
+import logging
 import tempfile
 import time
 from dataclasses import replace
@@ -45,6 +46,7 @@ from llkd_ray.student.worker import (
     validate,
 )
 
+_log = logging.getLogger(__name__)
 # Moving thresholds may lie above every row for a while, and come down again by themselves.
 _EMPTY_EPOCHS = 20
 
@@ -52,8 +54,11 @@ _EMPTY_EPOCHS = 20
 def train_worker(context: Context, work: Work) -> Progress:
     """Train from the restored checkpoint, or the beginning, to the end, and return the progress.
 
+    A rule that keeps no row for many epochs ends the training where it is: nothing changes the
+    student any more.
+
     Raises:
-        StudentError: The student cannot be loaded, or there is not one row to train on.
+        StudentError: The student cannot be loaded, or there was not one row to train on.
     """
     if context.device.type == "cpu":
         torch.set_num_threads(work.train.threads_per_worker)
@@ -66,6 +71,17 @@ def train_worker(context: Context, work: Work) -> Progress:
     while not _is_over(work.train, progress):
         progress = _run_epoch(worker, progress, memory)
         _report(worker, progress, memory, progress.epochs[-1])
+    if not progress.steps:
+        raise StudentError(
+            f"the rule {work.selection.rule} kept no row in {progress.epoch} epochs; loosen it"
+        )
+    if work.train.steps is not None and progress.steps < work.train.steps and _is_dry(progress):
+        _log.warning(
+            "the rule %s keeps no row any more: training ended after %d of train.steps = %d",
+            work.selection.rule,
+            progress.steps,
+            work.train.steps,
+        )
     return progress
 
 
@@ -73,8 +89,14 @@ def _is_over(train: TrainSection, progress: Progress) -> bool:
     if stopping.should_stop(progress.epochs, train.stopping.patience):
         return True
     if train.steps is not None:
-        return progress.steps >= train.steps
+        return progress.steps >= train.steps or _is_dry(progress)
     return progress.epoch >= train.epochs
+
+
+def _is_dry(progress: Progress) -> bool:
+    """Return whether the rule has kept nothing for so long that it never will again."""
+    lately = [row["kept"] for row in progress.epochs[-_EMPTY_EPOCHS:]]
+    return len(lately) == _EMPTY_EPOCHS and not any(lately)
 
 
 def _run_epoch(worker: Worker, progress: Progress, memory: RowMemory) -> Progress:
@@ -101,13 +123,6 @@ def _run_epoch(worker: Worker, progress: Progress, memory: RowMemory) -> Progres
     )
     if work.train.steps is not None:
         plan = plan[: work.train.steps - progress.steps]
-        lately = [row["kept"] for row in progress.epochs[1 - _EMPTY_EPOCHS :]]
-        if not kept and len(lately) == _EMPTY_EPOCHS - 1 and not any(lately):
-            raise StudentError(
-                f"epoch {epoch}: the rule {work.selection.rule} keeps no row any more, so "
-                f"train.steps = {work.train.steps} cannot be reached; loosen the rule, or give "
-                "train.epochs"
-            )
     progress, row_steps, loss = _take_steps(worker, progress, memory, [chosen[at] for at in plan])
     if work.stepwise:
         kept = int(all_reduce(np.array([float(memory.keep.sum())]))[0])

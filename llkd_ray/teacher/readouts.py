@@ -6,6 +6,7 @@ corpus's order, checked row by row.
 """
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -30,9 +31,13 @@ from llkd_ray.teacher.ledger import Ledger, range_name
 from llkd_ray.teacher.tally import Tally
 
 CONTENT_FREE_FILE = "content_free.parquet"
-# Ray Data keeps 4 KB for each batch in the driver until a dataset is done. So a corpus of any size
-# is asked about in datasets that take 80 MB at most; between two of them the teachers start anew.
-_WINDOW_BATCHES = 20_000
+# Ray Data keeps about 5 KB for each block in the driver until a dataset is done. So the larger the
+# corpus, the more batches are in a block, and a corpus larger than that is asked about in several
+# datasets, between which the teachers start anew.
+_BLOCKS = 2_000
+_BATCHES_PER_BLOCK = 64
+# Of these, Ray Data hands so many to an asynchronous actor at once.
+_BATCHES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -125,8 +130,8 @@ def read_out(corpus: Path, folder: Path, opening: Opening, ledger: Ledger) -> An
             if not todo:
                 break
             with tally.shown(sum(rows for _, rows in todo)):
-                for shards_of_window in _windows(todo, _WINDOW_BATCHES * teacher.batch_size):
-                    _ask(shards_of_window, opening, ledger, tally)
+                for window in _windows(todo, _BLOCKS * _BATCHES_PER_BLOCK * teacher.batch_size):
+                    _ask(window, opening, ledger, tally)
         for _ in each(ledger.compact, ledger.open_folders()):
             pass
     _seal(free, ledger)
@@ -157,21 +162,21 @@ def read_out(corpus: Path, folder: Path, opening: Opening, ledger: Ledger) -> An
     )
 
 
-def _windows(todo: Iterable[tuple[Shard, int]], max_rows: int) -> Iterator[list[Shard]]:
+def _windows(todo: Iterable[tuple[Shard, int]], max_rows: int) -> Iterator[list[tuple[Shard, int]]]:
     """Cut shards with their rows to ask about into runs of so many rows, a shard at least."""
-    window: list[Shard] = []
+    window: list[tuple[Shard, int]] = []
     rows_of_window = 0
     for shard, rows in todo:
         if window and rows_of_window + rows > max_rows:
             yield window
             window, rows_of_window = [], 0
-        window.append(shard)
+        window.append((shard, rows))
         rows_of_window += rows
     if window:
         yield window
 
 
-def _ask(shards: list[Shard], opening: Opening, ledger: Ledger, tally: Tally) -> None:
+def _ask(window: list[tuple[Shard, int]], opening: Opening, ledger: Ledger, tally: Tally) -> None:
     """Stream the unanswered rows of shards through the teacher actors."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -182,8 +187,14 @@ def _ask(shards: list[Shard], opening: Opening, ledger: Ledger, tally: Tally) ->
     if isinstance(teacher, VLLMTeacher):
         environment = engine_environment(teacher.engine, actors.threads)
         resources["runtime_env"] = {"env_vars": environment}
+    shards = [asdict(shard) for shard, _ in window]
+    rows_to_ask = sum(rows for _, rows in window)
+    batches_per_block = math.ceil(rows_to_ask / (_BLOCKS * teacher.batch_size))
+    # Two calls at least, so that a block which comes to its end leaves no gap.
+    in_flight = actors.batches_in_flight
+    calls = max(math.ceil(in_flight / min(batches_per_block, _BATCHES_AT_ONCE)), min(in_flight, 2))
     rows = (
-        ray.data.from_items([asdict(shard) for shard in shards], override_num_blocks=len(shards))
+        ray.data.from_items(shards, override_num_blocks=len(shards))
         .map_batches(
             functools.partial(
                 _read_unanswered,
@@ -195,7 +206,7 @@ def _ask(shards: list[Shard], opening: Opening, ledger: Ledger, tally: Tally) ->
             batch_format="numpy",
             num_cpus=TASK_CPUS,
         )
-        .repartition(target_num_rows_per_block=teacher.batch_size)
+        .repartition(target_num_rows_per_block=batches_per_block * teacher.batch_size)
     )
     # Ray Data 2.60 gives a repartition a whole CPU and has no argument to change that: teachers
     # that hold nearly all would wait for it forever. With the reader's share both are one operator.
@@ -208,8 +219,8 @@ def _ask(shards: list[Shard], opening: Opening, ledger: Ledger, tally: Tally) ->
         compute=ActorPoolStrategy(
             min_size=actors.min,
             max_size=actors.max,
-            max_concurrent_calls_per_actor=actors.batches_in_flight,
-            max_tasks_in_flight_per_actor=2 * actors.batches_in_flight,
+            max_concurrent_calls_per_actor=calls,
+            max_tasks_in_flight_per_actor=2 * calls,
         ),
         **resources,
     )
