@@ -125,7 +125,7 @@ class Lineage:
     def comparison(self) -> Artifact:
         """Many ways of training, side by side on the gold test rows."""
         experiment = self.experiment
-        of_student = self.student().settings
+        of_student = self._training()
         return self._artifact(
             "comparison",
             "compare",
@@ -140,23 +140,24 @@ class Lineage:
 
     def student(self, rule: str | None = None) -> Artifact:
         """Name the student trained with a rule, the experiment's own when not given."""
+        # Its confidence is calibrated; students of before that have other names.
+        settings = {**self._training(rule), "confidence": "temperature"}
+        return self._artifact("student", "train", settings, self.labels)
+
+    def _training(self, rule: str | None = None) -> dict[str, Any]:
+        """Return what decides a student's weights, the labels aside."""
         experiment = self.experiment
         selection = rule_named(rule or experiment.selection.rule, experiment.selection)
         train = dict(as_tree(experiment.train))
         for key in ("max_failures", "cpus_per_worker", "threads_per_worker", "checkpoint_steps"):
             del train[key]
-        return self._artifact(
-            "student",
-            "train",
-            {
-                "selection": as_tree(selection),
-                "student": as_tree(experiment.student),
-                "model": embedded.revision(experiment.student.model),
-                "train": {**train, "deepspeed": _content(experiment.train.deepspeed)},
-                "seed": experiment.seed,
-            },
-            self.labels,
-        )
+        return {
+            "selection": as_tree(selection),
+            "student": as_tree(experiment.student),
+            "model": embedded.revision(experiment.student.model),
+            "train": {**train, "deepspeed": _content(experiment.train.deepspeed)},
+            "seed": experiment.seed,
+        }
 
     @property
     def students(self) -> dict[str, Artifact]:

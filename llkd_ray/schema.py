@@ -188,6 +188,9 @@ class ModelScore(_Keys):
     ece: Bounded
     """Expected calibration error, 0 best."""
     rows: int
+    ece_as_trained: Bounded | None = None
+    """Of a student before its temperature; null of a teacher, and of a student without one."""
+    temperature: float | None = None
 
 
 class CorpusSummary(_Keys):

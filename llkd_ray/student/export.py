@@ -10,6 +10,7 @@ from typing import Any
 from llkd_ray.artifacts import write_text
 from llkd_ray.config import ON_GOLD
 from llkd_ray.student.architectures import OURS
+from llkd_ray.student.temperature import UNCHANGED, Temperature
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Card:
     """Those of `train.Trained`."""
     calibration: str = "batch"
     """Kind of calibration of the labels."""
+    temperature: Temperature = UNCHANGED
 
 
 def export(student: Path, out: Path, card: Card) -> None:
@@ -84,6 +86,8 @@ Texts are read up to {card.max_length} tokens.
 - Rows chosen by the rule `{card.rule}` (LLKD: arXiv 2411.08028): {used} of all row-steps were
   trained on, in {card.details["steps"]} optimizer steps.
 - {_chosen(card)}
+- Temperature of its confidence: {card.temperature.summary}. It stands in the head's weights, and
+  changes no label.
 
 `manifest.json` in the folder above names the settings, inputs, versions and commit.
 

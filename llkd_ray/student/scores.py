@@ -27,6 +27,7 @@ from llkd_ray.metrics import (
 )
 from llkd_ray.selection import Probabilities
 from llkd_ray.student.evaluate import predict
+from llkd_ray.student.temperature import UNCHANGED, Temperature, as_trained, read_temperature
 
 TEACHER, UNCALIBRATED = "teacher", "teacher_uncalibrated"
 _READ_ROWS = 4096
@@ -50,6 +51,8 @@ class _Outcome:
     predicted: Ints
     confidence: Floats
     """[N], the model's probability of what it predicted."""
+    as_trained: Floats
+    """[N], likewise, before a student's temperature."""
 
 
 def score_models(
@@ -64,6 +67,9 @@ def score_models(
     seed: int,
 ) -> Scored:
     """Score the teacher, the teacher without calibration, and each student.
+
+    A student's probabilities are those that it is served with; beside their calibration error
+    stands that of before the temperature.
 
     All of them answer the same rows: those that have gold and that the teacher answered.
 
@@ -96,15 +102,24 @@ def score_models(
         models[rule] = predict(
             folder, test, label_names, max_length=max_length, batch_size=batch_size
         )
+    temperatures = {rule: read_temperature(folder) for rule, folder in students.items()}
     with pq.ParquetWriter(
         out / "predictions.parquet", schema.predictions(len(label_names))
     ) as writer:
         outcomes = {
-            name: _collect(name, answers, gold, label_names, writer)
+            name: _collect(
+                name,
+                answers,
+                gold,
+                label_names,
+                writer=writer,
+                temperature=temperatures.get(name),
+            )
             for name, answers in models.items()
         }
     scores = {
-        name: _score(outcome, len(label_names), section, seed) for name, outcome in outcomes.items()
+        name: _score(outcome, len(label_names), section, seed, temperatures.get(name))
+        for name, outcome in outcomes.items()
     }
     _write_json(out / "scores.json", {name: score.model_dump() for name, score in scores.items()})
     return Scored(rows, scores)
@@ -158,7 +173,9 @@ def _collect(
     answers: _Answers,
     gold: Mapping[str, int],
     label_names: Sequence[str],
+    *,
     writer: pq.ParquetWriter,
+    temperature: Temperature | None,
 ) -> _Outcome:
     """Write one model's predictions and keep what scoring needs."""
     num_classes = len(label_names)
@@ -169,7 +186,9 @@ def _collect(
         ids = [row_id for row_id in row_ids if row_id in gold]
         truth = np.array([gold[row_id] for row_id in ids], dtype=np.int64)
         predicted = chosen.argmax(axis=1)
-        parts.append((truth, predicted, chosen.max(axis=1, initial=0.0).astype(np.float64)))
+        before = as_trained(chosen, temperature or UNCHANGED)
+        confidences = [shares.max(axis=1, initial=0.0) for shares in (chosen, before)]
+        parts.append((truth, predicted, *(part.astype(np.float64) for part in confidences)))
         flat = pa.array(chosen.ravel(), pa.float32())
         writer.write_table(
             pa.table(
@@ -187,22 +206,31 @@ def _collect(
 
 
 def _score(
-    outcome: _Outcome, num_classes: int, section: EvaluateSection, seed: int
+    outcome: _Outcome,
+    num_classes: int,
+    section: EvaluateSection,
+    seed: int,
+    temperature: Temperature | None,
 ) -> schema.ModelScore:
-    gold, predicted, confidence = outcome.gold, outcome.predicted, outcome.confidence
+    gold, predicted = outcome.gold, outcome.predicted
     bins = section.calibration_bins
 
     def bounded(statistic: Callable[[Ints], float]) -> schema.Bounded:
         interval = bootstrap_interval(statistic, len(gold), section.bootstrap_resamples, seed)
         return schema.Bounded(**asdict(interval))
 
+    def calibration_error(confidence: Floats) -> schema.Bounded:
+        return bounded(
+            lambda of: expected_calibration_error(confidence[of], gold[of] == predicted[of], bins)
+        )
+
     return schema.ModelScore(
         accuracy=bounded(lambda of: accuracy(gold[of], predicted[of])),
         macro_f1=bounded(lambda of: macro_f1(gold[of], predicted[of], num_classes)),
-        ece=bounded(
-            lambda of: expected_calibration_error(confidence[of], gold[of] == predicted[of], bins)
-        ),
+        ece=calibration_error(outcome.confidence),
         rows=len(gold),
+        ece_as_trained=calibration_error(outcome.as_trained) if temperature else None,
+        temperature=temperature.value if temperature else None,
     )
 
 

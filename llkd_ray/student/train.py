@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from llkd_ray.student.fit import RUN, fit
 from llkd_ray.student.model import check_student
 from llkd_ray.student.static import distilled
 from llkd_ray.student.stopping import criterion
+from llkd_ray.student.temperature import find_temperature, set_temperature
 from llkd_ray.student.worker import Work
 
 _log = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ class Trained:
     details: dict[str, Any]
     """steps, epochs, row_steps, rows_used_fraction (row-steps over rows times epochs),
     distinct_rows, chosen_by, best_epoch, validation_accuracy, validation_macro_f1 and
-    held_out_macro_f1 of that epoch, seconds of this call."""
+    held_out_macro_f1 of that epoch, temperature (of the exported student: value, fitted_on,
+    rows), seconds of this call."""
 
 
 def train(
@@ -65,7 +67,7 @@ def train(
 
     Reads:
         labels/unlabeled/shard-*.parquet (schema.labels) and, to choose the best epoch where
-        there is gold, corpus/validation/shard-*.parquet (schema.TEXT).
+        there is gold and to calibrate, corpus/validation/shard-*.parquet (schema.TEXT).
 
     Writes:
         out/model (Hugging Face folder with model card), out/audit.parquet (schema.AUDIT),
@@ -110,9 +112,20 @@ def train(
     _drop_broken_run(out / RUN)
     last, best = fit(work, out)
     progress, best_epoch = read_progress(last), read_progress(best).epoch
+    temperature = find_temperature(
+        best / STUDENT,
+        corpus,
+        labels,
+        label_names,
+        max_length=student.max_length,
+        batch_size=section.scoring_batch_size,
+        held_out_fraction=section.stopping.held_out_fraction,
+        seed=seed,
+    )
     details = {
         **_details(progress, best_epoch),
         "chosen_by": criterion(section.stopping, has_gold=has_gold),
+        "temperature": asdict(temperature),
     }
     pq.write_table(pa.Table.from_pylist(list(progress.audit), schema.AUDIT), out / "audit.parquet")
     pq.write_table(
@@ -127,8 +140,10 @@ def train(
         epochs=progress.epoch,
         details=details,
         calibration=calibration,
+        temperature=temperature,
     )
     export(best / STUDENT, out / MODEL, card)
+    set_temperature(out / MODEL, temperature)
     shutil.rmtree(out / RUN)
     shutil.rmtree(out / UNTRAINED, ignore_errors=True)
     trained_on = progress.epochs[-1]["rows"]
