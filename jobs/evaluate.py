@@ -1,4 +1,4 @@
-"""Score teacher and students on the gold test rows."""
+"""Score teacher and students on the gold test rows; choose the cascade's threshold."""
 
 import sys
 
@@ -7,6 +7,22 @@ from llkd_ray.config import Experiment
 
 
 def evaluate(experiment: Experiment) -> None:
+    score(experiment)
+    if has_cascade(experiment):
+        cascade(experiment)
+
+
+def has_cascade(experiment: Experiment) -> bool:
+    """Return whether there are rows to choose the cascade's threshold on, or one is wanted."""
+    from llkd_ray.lineage import Lineage
+
+    asked = "validation" in experiment.teacher.splits
+    rows = Lineage(experiment).corpus.manifest().details["validation"]
+    return (asked and rows > 0) or experiment.serve.target == "cascade"
+
+
+def score(experiment: Experiment) -> None:
+    """Score teacher and students."""
     from llkd_ray.lineage import Lineage
 
     lineage = Lineage(experiment)
@@ -42,6 +58,47 @@ def evaluate(experiment: Experiment) -> None:
     print(
         f"evaluate: wrote {lineage.scores.path}: accuracy on {scored.rows.kept} gold test rows: "
         f"{accuracies}"
+    )
+
+
+def cascade(experiment: Experiment) -> None:
+    """Choose where the student hands over to the teacher."""
+    from llkd_ray.lineage import Lineage
+
+    lineage = Lineage(experiment)
+    artifact = lineage.cascade
+    if artifact.made:
+        print(f"evaluate: {artifact.path} is there already")
+        return
+
+    from llkd_ray.artifacts import make
+    from llkd_ray.serving.teacher import served_calibration
+    from llkd_ray.serving.tradeoff import measure
+    from llkd_ray.student.train import MODEL
+
+    labels = lineage.labels.require().path
+    _, calibration = served_calibration(labels, experiment.calibration.kind)
+    with make(artifact) as draft:
+        measured = measure(
+            labels,
+            lineage.student().require().path / MODEL,
+            draft.folder,
+            label_names=experiment.task.label_names,
+            calibration=calibration,
+            target=experiment.cascade,
+            section=experiment.evaluate,
+            max_length=experiment.student.max_length,
+            batch_size=experiment.train.scoring_batch_size,
+            seed=experiment.seed,
+        )
+        draft.rows, draft.details = measured.rows, measured.summary.model_dump()
+    found = measured.summary
+    on = found.test or found.validation
+    print(
+        f"evaluate: wrote {artifact.path}: the cascade asks the teacher about "
+        f"{on.teacher_fraction:.1%} of {on.rows} {'test' if found.test else 'validation'} rows: "
+        f"accuracy {on.accuracy.value:.3f}, student alone {on.student.value:.3f}, teacher alone "
+        f"{on.teacher.value:.3f}; {found.reason}"
     )
 
 

@@ -25,6 +25,8 @@ def run(experiment: Experiment) -> None:
     artifacts = [lineage.labels, *lineage.students.values(), lineage.served, lineage.bench]
     if has_gold:
         artifacts.append(lineage.scores)
+        if evaluate.has_cascade(experiment):
+            artifacts.append(lineage.cascade)
     if not all(artifact.made for artifact in artifacts):
         # One Ray for all stages; a stage by itself would start its own.
         with ray_session(experiment.ray):

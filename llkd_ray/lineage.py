@@ -195,6 +195,22 @@ class Lineage:
         )
 
     @cached_property
+    def cascade(self) -> Artifact:
+        """Where the student hands over to the teacher, and what that wins and costs."""
+        experiment = self.experiment
+        return self._artifact(
+            "cascade",
+            "evaluate",
+            {
+                **_only(experiment.cascade, "accuracy", "max_teacher_fraction", "abstain_below"),
+                **_only(experiment.evaluate, "bootstrap_resamples"),
+                "seed": experiment.seed,
+            },
+            self.labels,
+            self.student(),
+        )
+
+    @cached_property
     def bench(self) -> Artifact:
         """Latency, throughput and cost of the two endpoints."""
         experiment = self.experiment

@@ -154,6 +154,19 @@ def predictions(num_classes: int) -> pa.Schema:
     )
 
 
+CURVE = pa.schema(
+    [
+        # The teacher is asked where the student's confidence is below: 0 nowhere, 2 everywhere.
+        pa.field("threshold", pa.float64()),
+        pa.field("teacher_fraction", pa.float64()),  # of the rows, that the teacher is asked about
+        pa.field("answered_fraction", pa.float64()),  # of the rows, with an answer sure enough
+        pa.field("accuracy", pa.float64()),  # of these answers
+        # Whether the teacher is right more often on the rows it is asked about, beyond chance.
+        pa.field("helps", pa.bool_()),
+    ]
+)
+"""cascade/curve.parquet: the cascade on the validation rows, from the student alone on."""
+
 SAMPLES = pa.schema(
     [
         pa.field("endpoint", pa.string()),  # teacher or student
@@ -191,6 +204,36 @@ class ModelScore(_Keys):
     ece_as_trained: Bounded | None = None
     """Of a student before its temperature; null of a teacher, and of a student without one."""
     temperature: float | None = None
+
+
+class CascadeScore(_Keys):
+    """A cascade on the gold rows of a split that the teacher answered."""
+
+    rows: int
+    teacher_fraction: float
+    """Share of the rows that the teacher is asked about."""
+    answered_fraction: float
+    """Share of the rows with an answer that is sure enough."""
+    accuracy: Bounded
+    """Of these answers."""
+    student: Bounded
+    """Accuracy of the student alone, answering every row."""
+    teacher: Bounded
+    gain: Bounded
+    """Accuracy that the teacher adds to the student's on all rows, none of them withheld."""
+
+
+class CascadeSummary(_Keys):
+    """cascade/cascade.json: where the student hands over to the teacher."""
+
+    threshold: float
+    """The teacher is asked where the student's confidence is below it; 0: never."""
+    reached: bool
+    """Whether the target is met on the validation rows."""
+    reason: str
+    validation: CascadeScore
+    """The threshold was chosen on these rows."""
+    test: CascadeScore | None
 
 
 class CorpusSummary(_Keys):

@@ -75,6 +75,7 @@ def make_split_folders(folder, unlabeled, validation, test=0, *, seed=0, gold=Tr
     labels, corpus = folder / "labels", folder / "corpus"
     columns = schema.labels(len(NAMES))
     write(labels / "unlabeled", unlabeled, columns, shard_rows=max(1, len(unlabeled) // 3))
+    write(labels / "validation", validation, columns)
     write(labels / "test", test, columns)
     write(corpus / "unlabeled", unlabeled, schema.TEXT)
     write(corpus / "validation", validation, schema.TEXT)

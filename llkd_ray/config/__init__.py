@@ -1,5 +1,6 @@
 """The experiment file: every setting, typed and documented, one module per stage."""
 
+from llkd_ray.config.cascade import CascadeSection
 from llkd_ray.config.compare import CompareSection
 from llkd_ray.config.endpoint import BenchSection, RaySection, ServeSection
 from llkd_ray.config.experiment import Experiment, load_experiment, with_overrides
@@ -51,6 +52,7 @@ __all__ = [
     "AllRule",
     "BenchSection",
     "CalibrationSection",
+    "CascadeSection",
     "CompareSection",
     "ConfidentLearningRule",
     "CorpusSection",

@@ -11,7 +11,7 @@ from llkd_ray.config.section import Section
 class ServeSection(Section):
     """The endpoint."""
 
-    target: Literal["student", "teacher"] = "student"
+    target: Literal["student", "teacher", "cascade"] = "student"
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """0 takes a free port."""

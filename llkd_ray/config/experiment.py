@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, NonNegativeInt, ValidationError, model_validator
 
+from llkd_ray.config.cascade import CascadeSection
 from llkd_ray.config.compare import CompareSection
 from llkd_ray.config.endpoint import BenchSection, RaySection, ServeSection
 from llkd_ray.config.section import Name, Section, Text
@@ -69,6 +70,7 @@ class Experiment(Section):
     evaluate: EvaluateSection = EvaluateSection()
     compare: CompareSection = CompareSection()
     serve: ServeSection = ServeSection()
+    cascade: CascadeSection = CascadeSection()
     bench: BenchSection = BenchSection()
     ray: RaySection = RaySection()
 
@@ -78,6 +80,16 @@ class Experiment(Section):
         if kind in ON_GOLD and not {"unlabeled", "validation"} <= set(self.teacher.splits):
             raise ValueError(
                 f'calibration.kind = "{kind}" is fitted on the teacher\'s answers about validation '
+                'rows: set teacher.splits = ["unlabeled", "validation", "test"]'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cascade_can_be_measured(self) -> "Experiment":
+        wanted = self.serve.target == "cascade" or self.cascade != CascadeSection()
+        if wanted and "validation" not in self.teacher.splits:
+            raise ValueError(
+                "the cascade's threshold is measured on the teacher's answers about validation "
                 'rows: set teacher.splits = ["unlabeled", "validation", "test"]'
             )
         return self

@@ -14,6 +14,7 @@ import ray
 import ray.exceptions
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.handle import DeploymentHandle
 
 from llkd_ray.config import ServeSection
 from llkd_ray.errors import ClusterError, EndpointError
@@ -22,7 +23,7 @@ from llkd_ray.serving.application import application
 from llkd_ray.serving.ingress import require_haproxy
 from llkd_ray.serving.metrics import RequestMetrics, observe_call
 from llkd_ray.serving.protocol import Classifier, ModelCard, model_card
-from llkd_ray.serving.student import StudentClassifier, student_labels
+from llkd_ray.serving.student import StudentClassifier, student_calibration, student_labels
 from llkd_ray.serving.teacher import TeacherClassifier, TeacherModel
 from llkd_ray.student.runtime import onnx_file
 from llkd_ray.teacher.engine import engine_environment
@@ -46,13 +47,22 @@ class Endpoint:
 
     def __init__(
         self,
-        open_model: Callable[[], Classifier],
+        open_model: Callable[..., Classifier],
         card: ModelCard,
         digest: bytes | None,
         access_log: bool,
+        *asked: DeploymentHandle[Any],
     ) -> None:
-        """Load the model; the replica takes no request before that."""
-        self._classifier = open_model()
+        """Load the model; the replica takes no request before that.
+
+        Args:
+            open_model: Loads it.
+            card: What it is.
+            digest: SHA-256 of the bearer token.
+            access_log: Print a line for each request.
+            asked: Handles of deployments that the model asks, for `open_model`.
+        """
+        self._classifier = open_model(*asked)
         self._card = card
         self._digest = digest
         self._observers: list[Observer] = [RequestMetrics(card.labels)]
@@ -89,15 +99,10 @@ def student_app(
         StudentError: There is no student in the folder, or not in the form of `serve.backend`.
         ConfigError: The token's environment variable is empty.
     """
-    card = model_card("student", name, student_labels(folder), config)
-    file = onnx_file(folder, config.backend)
-    _log.info("the student is computed by %s", f"ONNX Runtime, {file.name}" if file else "torch")
-    open_model = functools.partial(
-        StudentClassifier, folder, max_length, config, observe=observe_call
-    )
-    # The tokenizer's own threads: they would be as many as the machine has cores.
-    environment = {**_BRIEF_SPIN, "RAYON_NUM_THREADS": str(config.threads)}
-    return _app(open_model, card, config, environment)
+    calibration = student_calibration(folder)
+    card = model_card("student", name, student_labels(folder), config, calibration)
+    open_model = open_student(folder, max_length, config)
+    return endpoint_app(open_model, card, config, student_environment(config))
 
 
 def teacher_app(model: TeacherModel, name: str, config: ServeSection) -> serve.Application:
@@ -111,17 +116,45 @@ def teacher_app(model: TeacherModel, name: str, config: ServeSection) -> serve.A
     Raises:
         ConfigError: The token's environment variable is empty.
     """
-    card = model_card("teacher", name, model.task.label_names, config)
+    card = model_card("teacher", name, model.task.label_names, config, model.kind)
     environment = engine_environment(model.teacher.engine, config.threads)
-    return _app(functools.partial(TeacherClassifier, model), card, config, environment)
+    return endpoint_app(functools.partial(TeacherClassifier, model), card, config, environment)
 
 
-def _app(
-    open_model: Callable[[], Classifier],
+def open_student(
+    folder: Path, max_length: int, config: ServeSection
+) -> Callable[[], StudentClassifier]:
+    """Return what loads the student in a replica; see `student_app`."""
+    file = onnx_file(folder, config.backend)
+    _log.info("the student is computed by %s", f"ONNX Runtime, {file.name}" if file else "torch")
+    return functools.partial(StudentClassifier, folder, max_length, config, observe=observe_call)
+
+
+def student_environment(config: ServeSection) -> dict[str, str]:
+    """Return the environment variables of a student's replica."""
+    # The tokenizer's own threads: they would be as many as the machine has cores.
+    return {**_BRIEF_SPIN, "RAYON_NUM_THREADS": str(config.threads)}
+
+
+def endpoint_app(
+    open_model: Callable[..., Classifier],
     card: ModelCard,
     config: ServeSection,
     environment: dict[str, str],
+    *asked: serve.Application,
 ) -> serve.Application:
+    """Describe the deployment that answers HTTP.
+
+    Args:
+        open_model: Loads the model in a replica, given the handles of `asked`.
+        card: What it is, and its limits.
+        config: The endpoint.
+        environment: Variables of a replica.
+        asked: Deployments that the model asks.
+
+    Raises:
+        ConfigError: The token's environment variable is empty.
+    """
     replicas: int | None = None
     autoscaling: AutoscalingConfig | None = None
     match config.num_replicas:
@@ -156,7 +189,9 @@ def _app(
         graceful_shutdown_timeout_s=config.deadline_s,
         graceful_shutdown_wait_loop_s=_POLL_S,
     )(serve.ingress()(Endpoint))
-    return deployment.bind(open_model, card, token_digest(config.token_env), config.access_log)
+    return deployment.bind(
+        open_model, card, token_digest(config.token_env), config.access_log, *asked
+    )
 
 
 @contextlib.contextmanager

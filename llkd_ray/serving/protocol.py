@@ -21,6 +21,7 @@ from llkd_ray.config import ServeSection
 
 Floats = npt.NDArray[np.float64]
 Answerer = Literal["student", "teacher"]
+Kind = Literal["student", "teacher", "cascade"]
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -104,9 +105,12 @@ class Shape(BaseModel):
 class ModelCard(Shape):
     """What answers, and its limits."""
 
-    kind: Literal["student", "teacher"]
+    kind: Kind
     name: str
     """Model or artifact with its fingerprint."""
+    calibration: str
+    """What makes its probabilities honest: of a teacher the kind of its calibration, of a student
+    its temperature; `none` without."""
     labels: tuple[str, ...]
     """The C classes, in the order of every probability vector."""
     max_texts: int
@@ -157,12 +161,17 @@ class Problem(Shape):
 
 
 def model_card(
-    kind: Literal["student", "teacher"], name: str, labels: tuple[str, ...], serve: ServeSection
+    kind: Kind,
+    name: str,
+    labels: tuple[str, ...],
+    serve: ServeSection,
+    calibration: str = "none",
 ) -> ModelCard:
     """Describe an endpoint with the limits of its configuration."""
     return ModelCard(
         kind=kind,
         name=name,
+        calibration=calibration,
         labels=labels,
         max_texts=serve.max_texts_per_request,
         max_text_chars=serve.max_text_chars,

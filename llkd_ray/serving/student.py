@@ -25,6 +25,7 @@ from llkd_ray.student.runtime import (
     probabilities,
     torch_network,
 )
+from llkd_ray.student.temperature import read_temperature
 
 # Requests share a call of up to this many forward passes, cut by length: texts of like length
 # stand together, and little is computed for padding.
@@ -50,6 +51,14 @@ def student_labels(folder: Path) -> tuple[str, ...]:
     if not names:
         raise StudentError(f"{folder}: its config.json names no classes (id2label)")
     return tuple(names[str(index)] for index in range(len(names)))
+
+
+def student_calibration(folder: Path) -> str:
+    """Return what the model card says of an exported student's confidence."""
+    temperature = read_temperature(folder)
+    if temperature is None or temperature.fitted_on == "nothing":
+        return "none"
+    return f"temperature {temperature.value:.3f} on {temperature.fitted_on}"
 
 
 class StudentClassifier:

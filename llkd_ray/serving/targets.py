@@ -1,54 +1,87 @@
 """From an experiment's artifacts to what Serve runs."""
 
-from typing import Literal
+import logging
 
 from ray import serve
 
 from llkd_ray.config import ServeSection, VLLMTeacher
 from llkd_ray.errors import TeacherError
 from llkd_ray.lineage import Lineage
+from llkd_ray.schema import CascadeSummary
+from llkd_ray.serving.cascade import Handover
+from llkd_ray.serving.composition import cascade_app
 from llkd_ray.serving.deploy import student_app, teacher_app
-from llkd_ray.serving.teacher import TeacherModel
+from llkd_ray.serving.protocol import Kind
+from llkd_ray.serving.teacher import TeacherModel, served_calibration
+from llkd_ray.serving.tradeoff import SUMMARY
 from llkd_ray.student.train import MODEL
 from llkd_ray.teacher.actor import pool_of
-from llkd_ray.teacher.calibration import read_calibrations
+
+_log = logging.getLogger(__name__)
 
 
-def application_of(
-    target: Literal["student", "teacher"], lineage: Lineage, config: ServeSection
-) -> serve.Application:
-    """Describe the endpoint of an experiment's student or teacher.
+def application_of(target: Kind, lineage: Lineage, config: ServeSection) -> serve.Application:
+    """Describe the endpoint of an experiment's student, of its teacher, or of both.
 
     Args:
-        target: Which of the two.
+        target: Which of them.
         lineage: Names the artifacts; the run's folder must be the same on every node.
         config: The endpoint.
 
     Raises:
-        ArtifactError: The student, or the teacher's calibration, is not made yet.
+        ArtifactError: The student, the teacher's calibration, or the cascade's threshold is not
+            made yet.
+        TeacherError: The teacher is not one that can be served.
         ConfigError: The token's environment variable is empty.
     """
     experiment = lineage.experiment
+    max_length = experiment.student.max_length
     match target:
         case "student":
             folder = (lineage.served.require().path / MODEL).resolve()
             name = f"student-{lineage.student().fingerprint}"
-            return student_app(folder, name, experiment.student.max_length, config)
+            return student_app(folder, name, max_length, config)
         case "teacher":
-            labels = lineage.labels.require()
-            fitted = read_calibrations(labels.path / "calibrations.json")
-            teacher = experiment.teacher
-            if not isinstance(teacher, VLLMTeacher):
-                raise TeacherError(
-                    f'serve.target="teacher": a teacher of kind {teacher.kind!r} is not served '
-                    "here; only a vllm one is"
-                )
-            model = TeacherModel(
-                task=experiment.task,
-                teacher=teacher,
-                pool=pool_of(experiment),
-                # Behind the endpoint is the teacher alone, without what was stacked on it.
-                calibration=fitted.get(experiment.calibration.kind, fitted["batch"]),
-                cache=experiment.cache,
+            model = _teacher(lineage)
+            return teacher_app(model, f"teacher-{lineage.labels.fingerprint}", config)
+        case "cascade":
+            folder = (lineage.served.require().path / MODEL).resolve()
+            chosen = CascadeSummary.model_validate_json(
+                (lineage.cascade.require().path / SUMMARY).read_bytes()
             )
-            return teacher_app(model, f"teacher-{labels.fingerprint}", config)
+            _log.info("cascade: threshold %.3f: %s", chosen.threshold, chosen.reason)
+            return cascade_app(
+                folder,
+                f"cascade-{lineage.cascade.fingerprint}",
+                max_length,
+                config,
+                handover=Handover(chosen.threshold, experiment.cascade.abstain_below),
+                teacher=_teacher(lineage),
+                cascade=experiment.cascade,
+            )
+
+
+def _teacher(lineage: Lineage) -> TeacherModel:
+    experiment, labels = lineage.experiment, lineage.labels.require()
+    teacher = experiment.teacher
+    if not isinstance(teacher, VLLMTeacher):
+        raise TeacherError(
+            f"a teacher of kind {teacher.kind!r} is not served here, neither by itself nor in a "
+            "cascade; only a vllm one is"
+        )
+    kind, calibration = served_calibration(labels.path, experiment.calibration.kind)
+    if kind != experiment.calibration.kind:
+        _log.warning(
+            "the labels are calibrated by %r, which reads more than the teacher's answer; the "
+            "teacher is served by itself, calibrated by %r",
+            experiment.calibration.kind,
+            kind,
+        )
+    return TeacherModel(
+        task=experiment.task,
+        teacher=teacher,
+        pool=pool_of(experiment),
+        calibration=calibration,
+        kind=kind,
+        cache=experiment.cache,
+    )

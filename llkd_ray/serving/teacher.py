@@ -3,14 +3,17 @@
 Shape legend: N texts, C classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from llkd_ray.config import Example, TaskSection, VLLMTeacher
 from llkd_ray.errors import TeacherError
-from llkd_ray.serving.protocol import Classification
-from llkd_ray.teacher.calibration import Calibration
+from llkd_ray.serving.protocol import Classification, Floats
+from llkd_ray.teacher.answers import Answer
+from llkd_ray.teacher.calibration import Calibration, read_calibrations
 from llkd_ray.teacher.engine import Engine
 from llkd_ray.teacher.pretrained import teacher_folder
 
@@ -23,8 +26,22 @@ class TeacherModel:
     teacher: VLLMTeacher
     pool: tuple[Example, ...]
     calibration: Calibration
+    kind: str
+    """Of this calibration."""
     cache: str
     """Folder for converted models, on the replica's node."""
+
+
+def served_calibration(labels: Path, kind: str) -> tuple[str, Calibration]:
+    """Return the calibration with which a teacher is served, and its kind.
+
+    Args:
+        labels: Folder of the labels artifact.
+        kind: `calibration.kind`. What `stacked` adds to the teacher's answer is no part of the
+            teacher: then it is served by `batch`, which the stacking stands on.
+    """
+    served = "batch" if kind == "stacked" else kind
+    return served, read_calibrations(labels / "calibrations.json")[served]
 
 
 class TeacherClassifier:
@@ -46,8 +63,16 @@ class TeacherClassifier:
         for answer in answers:
             if answer.error is not None:
                 raise TeacherError(f"the teacher cannot answer: {answer.error}")
-        logprobs = np.array([answer.logprobs for answer in answers], dtype=np.float64)
-        return Classification(self._calibration.probabilities(logprobs))
+        return Classification(self._probabilities(answers))
+
+    async def answer(self, texts: list[str]) -> Floats:
+        """Return the calibrated probabilities [N, C], NaN for a text that the engine refuses."""
+        return self._probabilities(await self._engine.read(texts))
+
+    def _probabilities(self, answers: Sequence[Answer]) -> Floats:
+        unknown = [np.nan] * len(self._calibration.log_prior)
+        logprobs = np.array([unknown if a.logprobs is None else a.logprobs for a in answers])
+        return self._calibration.probabilities(logprobs)
 
     def check_health(self) -> None:
         """Raise if the engine's process has died."""
