@@ -283,6 +283,10 @@ class StudentSummary(_Keys):
     rule: str
     accuracy: float | None
     macro_f1: float | None
+    ece: float | None
+    ece_as_trained: float | None
+    """Before the temperature."""
+    temperature: float | None
     rows_used_fraction: float
     """Row-steps trained on over row-steps of all rows in every epoch."""
     optimizer_steps: int
@@ -329,6 +333,7 @@ class Summary(_Keys):
     student: StudentSummary | None
     others: list[StudentSummary]
     """Students trained with evaluate.compare_rules."""
+    cascade: CascadeSummary | None
     bench: BenchSummary | None
     seconds: dict[str, float]
     """Wall-clock seconds of each stage, as in its manifest."""

@@ -240,8 +240,40 @@ def write_scores(draft: Draft) -> None:
     write(draft.folder / "predictions.parquet", predictions, schema.predictions(len(LABELS)))
     models = {"teacher": 0.5, "teacher_uncalibrated": 0.25, "llkd": 0.75, "all": 0.5}
     scores = {model: score(value) for model, value in models.items()}
+    before = {"value": 0.85, "low": 0.8, "high": 0.9}
+    scores["llkd"] |= {"ece_as_trained": before, "temperature": 0.6}
     (draft.folder / "scores.json").write_text(json.dumps(scores))
     draft.rows = Rows(taken=4, kept=4, rejected=0)
+
+
+def write_cascade(draft: Draft) -> None:
+    curve = [
+        {
+            "threshold": at / 10 if at < 10 else 2.0,
+            "teacher_fraction": at / 10,
+            "answered_fraction": 0.9,
+            "accuracy": 0.7 + 0.02 * at - 0.0025 * at**2,
+            "helps": 0 < at < 6,
+        }
+        for at in range(11)
+    ]
+    write(draft.folder / "curve.parquet", curve, schema.CURVE)
+    around = {"value": 0.74, "low": 0.7, "high": 0.78}
+    of_split = {
+        "rows": 40,
+        "teacher_fraction": 0.4,
+        "answered_fraction": 0.9,
+        **dict.fromkeys(("accuracy", "student", "teacher", "gain"), around),
+    }
+    summary = {
+        "threshold": 0.4,
+        "reached": False,
+        "reason": "cascade.accuracy = 0.9 is not reached: the most accurate threshold",
+        "validation": of_split,
+        "test": {**of_split, "rows": 30, "teacher_fraction": 0.375},
+    }
+    (draft.folder / "cascade.json").write_text(json.dumps(summary))
+    draft.rows = Rows(taken=40, kept=40, rejected=0)
 
 
 def write_bench(draft: Draft) -> None:
@@ -350,6 +382,9 @@ def test_summary_holds_the_numbers_of_every_stage(lineage):
             "rule": "llkd",
             "accuracy": 0.75,
             "macro_f1": 0.75,
+            "ece": 0.75,
+            "ece_as_trained": 0.85,
+            "temperature": 0.6,
             "rows_used_fraction": 0.35,
             "optimizer_steps": 10,
         },
@@ -358,10 +393,14 @@ def test_summary_holds_the_numbers_of_every_stage(lineage):
                 "rule": "all",
                 "accuracy": 0.5,
                 "macro_f1": 0.5,
+                "ece": 0.5,
+                "ece_as_trained": None,
+                "temperature": None,
                 "rows_used_fraction": 0.35,
                 "optimizer_steps": 10,
             }
         ],
+        "cascade": None,
         "bench": BENCH,
     }
 
@@ -525,6 +564,44 @@ def test_a_simulation_says_so_on_top_and_a_real_run_does_not(lineage):
     scripted = run.experiment.model_copy(update={"teacher": ScriptedTeacher()})
     page = Page(render(replace(run, experiment=scripted), summary, {}))
     assert page.text.index(warning) < page.text.index("Result")
+
+
+def test_the_students_calibration_error_stands_beside_that_of_before(reported):
+    lines = [" ".join(row) for row in rows_of(reported)]
+    [own] = [line for line in lines if line.startswith("student, rule llkd")]
+    assert "before its temperature 0.850" in own
+    assert sum("before its temperature" in line for line in lines) == 1
+
+
+def test_a_cascade_is_shown_with_its_curve_cost_and_what_it_did_not_reach(lineage):
+    make_run(lineage)
+    write_report(lineage)
+    assert "Student and teacher together" not in page_of(lineage).text
+    labelled = lineage.experiment.teacher.model_copy(
+        update={"splits": ("unlabeled", "validation", "test")}
+    )
+    with_cascade = Lineage(lineage.experiment.model_copy(update={"teacher": labelled}))
+    make_run(with_cascade)
+    write_report(with_cascade)
+    assert "cascade" in page_of(with_cascade).missing
+    with make(with_cascade.cascade) as draft:
+        write_cascade(draft)
+    summary = write_report(with_cascade)
+    assert summary.cascade is not None
+    assert summary.cascade.threshold == 0.4
+    page = page_of(with_cascade)
+    assert page.missing == []
+    assert "cascade.accuracy = 0.9 is not reached" in page.text
+    assert "The target is not reached." in page.text
+    lines = [" ".join(row) for row in rows_of(with_cascade)]
+    # 0.05 USD of the student for all, and 0.4 of the teacher's 2.00.
+    assert "0.400 40.0% 90.0% 0.740 yes 0.85" in lines
+    assert "any 100.0% 90.0% 0.650 not measurably 2.05" in lines
+    assert any(line.startswith("test 30 37.5% 10.0%") for line in lines)
+    drawn = draw(read_run(with_cascade))["cascade"].figure
+    told = [text.get_text() for text in drawn.legends[0].get_texts()]
+    assert {"student alone", "teacher alone", "chosen", "chosen, test rows"} <= set(told)
+    assert (with_cascade.run / "plots/cascade.png").is_file()
 
 
 def test_failed_requests_are_counted(reported):

@@ -33,6 +33,19 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class CurvePoint:
+    """One line of the cascade's table."""
+
+    threshold: float
+    teacher_fraction: float
+    answered_fraction: float
+    accuracy: float
+    helps: bool
+    cost_usd_per_million: float | None
+    """The student's, for every text, and the teacher's for those that it answers."""
+
+
+@dataclass(frozen=True)
 class Result:
     """One line of the result table."""
 
@@ -114,6 +127,13 @@ def draw(run: RunTables) -> dict[str, Plot]:
             "Accuracy against rows used",
             "One point per epoch on validation rows; stars are test rows, with 95 % intervals.",
         )
+    if run.cascade is not None:
+        drawn["cascade"] = Plot(
+            plots.cascade(run.cascade.curve, run.cascade.summary),
+            "Student and teacher together",
+            "From left to right the teacher answers more of the texts, those that the student is "
+            "least sure of first.",
+        )
     if run.bench is not None:
         drawn["latency"] = Plot(
             plots.latency(run.bench.summary),
@@ -151,6 +171,7 @@ def render(run: RunTables, summary: Summary, drawn: dict[str, Plot]) -> str:
         svgs={name: Markup(to_svg(plot.figure, plot.title)) for name, plot in drawn.items()},  # noqa: S704
         own=run.students.get(run.experiment.selection.rule),
         calibrations=CALIBRATIONS,
+        curve=_curve(run, summary),
         versions=_versions(run),
         query=_query(run.experiment.serve),
         settings=json.dumps(as_tree(run.experiment), indent=2, ensure_ascii=False),
@@ -202,6 +223,23 @@ def _results(run: RunTables, summary: Summary) -> list[Result]:
         for other in summary.others
     )
     return results
+
+
+def _curve(run: RunTables, summary: Summary) -> list[CurvePoint]:
+    """Return the cascade at each tenth of the texts that the teacher answers."""
+    if run.cascade is None:
+        return []
+    rows = run.cascade.curve.to_pylist()
+    bench = summary.bench
+    points = []
+    for tenth in range(11):
+        row = min(rows, key=lambda row: abs(row["teacher_fraction"] - tenth / 10))
+        cost = None
+        if bench is not None:
+            of_teacher = bench.teacher.cost_usd_per_million
+            cost = bench.student.cost_usd_per_million + row["teacher_fraction"] * of_teacher
+        points.append(CurvePoint(**row, cost_usd_per_million=cost))
+    return list(dict.fromkeys(points))
 
 
 def _query(serve: ServeSection) -> str:

@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, StrMeth
 from llkd_ray.metrics import Floats, ReliabilityBin
 from llkd_ray.report.figures import INK, MARKERS, SERIES, STUDENT, TEACHER, styled
 from llkd_ray.report.summary import readable
-from llkd_ray.schema import BenchSummary, ModelScore
+from llkd_ray.schema import BenchSummary, CascadeSummary, ModelScore
 
 _MOST_LINES = 8
 _MOST_ROWS = 20
@@ -275,6 +275,52 @@ def cost(bench: BenchSummary) -> Figure:
         axes.set_ylabel(unit)
         _log_axis(axes)
         axes.grid(visible=False, axis="x")
+    return figure
+
+
+@styled
+def cascade(curve: pa.Table, summary: CascadeSummary) -> Figure:
+    """Draw the cascade's accuracy against the share of texts that its teacher answers.
+
+    Args:
+        curve: `schema.CURVE`, on validation rows.
+        summary: Names the chosen threshold, and its score on test rows.
+    """
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    fraction, values = _numbers(curve["teacher_fraction"]), _numbers(curve["accuracy"])
+    helps = np.array(curve["helps"].to_pylist())
+    axes.plot(fraction, values, color=STUDENT, label="validation rows")
+    axes.plot(
+        fraction,
+        np.where(helps, values, np.nan),
+        color=TEACHER,
+        lw=3.5,
+        alpha=0.6,
+        label="where the teacher measurably helps",
+    )
+    axes.plot(0, values[0], "o", color=STUDENT, label="student alone")
+    axes.plot(1, values[-1], "s", color=TEACHER, label="teacher alone")
+    chosen = [("chosen", summary.validation, "D"), ("chosen, test rows", summary.test, "*")]
+    for name, score, marker in chosen:
+        if score is not None:
+            value = score.accuracy
+            axes.errorbar(
+                [score.teacher_fraction],
+                [value.value],
+                yerr=[[value.value - value.low], [value.high - value.value]],
+                color=INK,
+                marker=marker,
+                markersize=11,
+                capsize=4,
+                ls="none",
+                label=name,
+            )
+    axes.set_xlabel("share of the texts that the teacher answers")
+    axes.set_ylabel("accuracy on gold, of what is answered")
+    axes.xaxis.set_major_formatter(_percent())
+    axes.yaxis.set_major_formatter(_percent())
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 

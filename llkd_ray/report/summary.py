@@ -40,6 +40,7 @@ def summarise(run: RunTables) -> Summary:
         ),
         student=students.get(own),
         others=[student for rule, student in students.items() if rule != own],
+        cascade=run.cascade.summary if run.cascade else None,
         bench=run.bench.summary if run.bench else None,
         seconds=_seconds(run),
     )
@@ -74,6 +75,9 @@ def _student(rule: str, tables: StudentTables, score: ModelScore | None) -> Stud
         rule=rule,
         accuracy=score.accuracy.value if score else None,
         macro_f1=score.macro_f1.value if score else None,
+        ece=score.ece.value if score else None,
+        ece_as_trained=score.ece_as_trained.value if score and score.ece_as_trained else None,
+        temperature=score.temperature if score else None,
         rows_used_fraction=details["rows_used_fraction"],
         optimizer_steps=details["steps"],
     )
@@ -87,6 +91,7 @@ def _seconds(run: RunTables) -> dict[str, float]:
         "labels": "label",
         "student": "train",
         "scores": "evaluate",
+        "cascade": "evaluate",
     }
     seconds: dict[str, float] = {}
     for name, manifest in run.manifests.items():

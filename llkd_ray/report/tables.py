@@ -17,7 +17,7 @@ from llkd_ray.config import Experiment
 from llkd_ray.errors import ArtifactError
 from llkd_ray.lineage import Lineage
 from llkd_ray.metrics import Quality, ReliabilityBin
-from llkd_ray.schema import BenchSummary, ModelScore
+from llkd_ray.schema import BenchSummary, CascadeSummary, ModelScore
 
 _MISTAKES_SHOWN = 12
 _REASONS_SHOWN = 8
@@ -103,6 +103,14 @@ class BenchTables:
 
 
 @dataclass(frozen=True)
+class CascadeTables:
+    """Student and teacher together."""
+
+    summary: CascadeSummary
+    curve: pa.Table
+
+
+@dataclass(frozen=True)
 class RunTables:
     """A run as far as it has been made."""
 
@@ -117,6 +125,8 @@ class RunTables:
     students: dict[str, StudentTables]
     """By rule, the experiment's own first."""
     scores: ScoreTables | None
+    cascade: CascadeTables | None
+    """None as well where the teacher was not asked about validation rows."""
     bench: BenchTables | None
 
 
@@ -147,6 +157,7 @@ def read_run(lineage: Lineage) -> RunTables:
             if artifact.made
         },
         scores=_scores(lineage) if lineage.scores.made else None,
+        cascade=_cascade(lineage.cascade) if lineage.cascade.made else None,
         bench=_bench(lineage.bench) if lineage.bench.made else None,
     )
 
@@ -159,6 +170,8 @@ def _named(lineage: Lineage) -> Iterator[tuple[str, Artifact]]:
         own = rule == lineage.experiment.selection.rule
         yield "student" if own else f"student ({rule})", artifact
     yield "scores", lineage.scores
+    if "validation" in lineage.experiment.teacher.splits:
+        yield "cascade", lineage.cascade
     yield "bench", lineage.bench
 
 
@@ -279,6 +292,13 @@ def _mistakes(lineage: Lineage) -> list[Mistake]:
         )
         for row in shown
     ]
+
+
+def _cascade(cascade: Artifact) -> CascadeTables:
+    return CascadeTables(
+        summary=CascadeSummary.model_validate_json((cascade.path / "cascade.json").read_bytes()),
+        curve=pq.read_table(cascade.path / "curve.parquet"),
+    )
 
 
 def _bench(bench: Artifact) -> BenchTables:
