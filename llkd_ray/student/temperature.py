@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from llkd_ray.corpus import read_shards
 from llkd_ray.metrics import Floats
@@ -127,7 +128,11 @@ def set_temperature(student: Path, temperature: Temperature) -> None:
     if head.bias is not None:
         head.bias.data /= temperature.value
     setattr(model.config, _KEY, asdict(temperature))
-    model.save_pretrained(student)
+    logging.disable_progress_bar()  # Of a file that takes no time.
+    try:
+        model.save_pretrained(student)
+    finally:
+        logging.enable_progress_bar()
 
 
 def read_temperature(student: Path) -> Temperature | None:
