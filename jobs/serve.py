@@ -1,4 +1,4 @@
-"""Serve the student over HTTP (serve.target=teacher: the teacher) until interrupted."""
+"""Serve the student over HTTP until interrupted; serve.target: teacher or cascade instead."""
 
 import os
 import signal
