@@ -65,7 +65,7 @@ def test_the_served_cascade_asks_its_teacher_about_the_unsure_texts_alone(ray_lo
         assert httpx.get(f"{url}/healthz").status_code == 200
 
     assert card["kind"] == "cascade"
-    assert card["calibration"] == "student temperature 0.500 on gold, teacher batch"
+    assert card["calibration"] == "student temperature 0.5 on gold, teacher batch"
     predictions = [p for response in answers for p in response.json()["predictions"]]
     by = np.array([prediction["by"] for prediction in predictions])
     assert np.flatnonzero(by == "teacher").tolist() == unsure.tolist()

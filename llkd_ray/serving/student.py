@@ -58,7 +58,7 @@ def student_calibration(folder: Path) -> str:
     temperature = read_temperature(folder)
     if temperature is None or temperature.fitted_on == "nothing":
         return "none"
-    return f"temperature {temperature.value:.3f} on {temperature.fitted_on}"
+    return f"temperature {temperature.value:g} on {temperature.fitted_on}"
 
 
 class StudentClassifier:

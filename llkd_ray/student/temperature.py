@@ -51,10 +51,10 @@ class Temperature:
         """What was done, in a few words."""
         match self.fitted_on:
             case "gold":
-                return f"{self.value:.3f}, fitted on {self.rows} validation rows with gold"
+                return f"{self.value:g}, fitted on {self.rows} validation rows with gold"
             case "labels":
                 return (
-                    f"{self.value:.3f}, fitted on the teacher's labels of {self.rows} rows held "
+                    f"{self.value:g}, fitted on the teacher's labels of {self.rows} rows held "
                     "out of training, so that it tells how often the student agrees with its "
                     "teacher"
                 )
@@ -112,7 +112,8 @@ def find_temperature(
     )
     positions = np.array([label_names.index(name) for name in right], dtype=np.int64)
     value = fit_temperature(_logits(probabilities), positions)
-    return Temperature(value, "gold" if with_gold else "labels", len(rows))
+    # The last digits are rounding, and a resumed run is to end with the same weights.
+    return Temperature(round(value, 4), "gold" if with_gold else "labels", len(rows))
 
 
 def set_temperature(student: Path, temperature: Temperature) -> None:
