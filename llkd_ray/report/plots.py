@@ -291,27 +291,32 @@ def cascade(curve: pa.Table, summary: CascadeSummary) -> Figure:
     fraction, values = _numbers(curve["teacher_fraction"]), _numbers(curve["accuracy"])
     helps = np.array(curve["helps"].to_pylist())
     axes.plot(fraction, values, color=STUDENT, label="validation rows")
-    axes.plot(
-        fraction,
-        np.where(helps, values, np.nan),
-        color=TEACHER,
-        lw=3.5,
-        alpha=0.6,
-        label="where the teacher measurably helps",
-    )
+    if helps.any():
+        axes.plot(
+            fraction,
+            np.where(helps, values, np.nan),
+            color=TEACHER,
+            lw=3.5,
+            alpha=0.6,
+            label="where the teacher measurably helps",
+        )
     axes.plot(0, values[0], "o", color=STUDENT, label="student alone")
     axes.plot(1, values[-1], "s", color=TEACHER, label="teacher alone")
-    chosen = [("chosen", summary.validation, "D"), ("chosen, test rows", summary.test, "*")]
-    for name, score, marker in chosen:
+    chosen = [
+        ("chosen", summary.validation, "D", 0.0),
+        ("chosen, test rows", summary.test, "*", 0.012),  # Beside it: both may be at 0.
+    ]
+    for name, score, marker, aside in chosen:
         if score is not None:
             value = score.accuracy
             axes.errorbar(
-                [score.teacher_fraction],
+                [score.teacher_fraction + aside],
                 [value.value],
                 yerr=[[value.value - value.low], [value.high - value.value]],
                 color=INK,
                 marker=marker,
-                markersize=11,
+                markersize=8 if marker == "D" else 13,
+                elinewidth=1.2,
                 capsize=4,
                 ls="none",
                 label=name,
