@@ -2,23 +2,30 @@
 
 import asyncio
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import QUICKSTART
+from conftest import QUICKSTART, run_job
 from pydantic import ValidationError
 from training_data import NAMES, make_split_folders
 from untrained import untrained_student
 
 from llkd_ray import schema
-from llkd_ray.config import CascadeSection, EvaluateSection, load_experiment
+from llkd_ray.artifacts import Rows, make
+from llkd_ray.config import CascadeSection, EncoderStudent, EvaluateSection, load_experiment
 from llkd_ray.errors import ArtifactError, ConfigError
+from llkd_ray.lineage import Lineage
 from llkd_ray.serving.cascade import CascadeClassifier, Handover
 from llkd_ray.serving.curve import EVERYTHING, Answers, choose, trace
 from llkd_ray.serving.protocol import Classification, Refusal
+from llkd_ray.serving.targets import application_of
+from llkd_ray.serving.teacher import served_calibration
 from llkd_ray.serving.tradeoff import measure
-from llkd_ray.teacher.calibration import Calibration
+from llkd_ray.student.model import load_tokenizer, load_untrained
+from llkd_ray.student.train import MODEL
+from llkd_ray.teacher.calibration import Calibration, write_calibrations
 
 
 def models(rows, *, teacher_right, seed=0):
@@ -225,3 +232,38 @@ def test_the_threshold_is_measured_on_validation_rows_and_scored_on_test_rows(tm
         shard.unlink()
     with pytest.raises(ArtifactError, match=r"corpus\.gold_column"):
         measure(labels, student, tmp_path, target=target, **settings)
+
+
+def test_the_evaluate_job_chooses_and_what_is_served_follows(tmp_path, small_encoder):
+    overrides = [
+        f"runs={tmp_path}/runs",
+        'teacher.splits=["unlabeled", "validation", "test"]',
+        "cascade.max_teacher_fraction=0.3",
+        "calibration.kind=stacked",
+        "evaluate.bootstrap_resamples=50",
+        "serve.backend=torch",
+        "serve.target=cascade",
+    ]
+    lineage = Lineage(load_experiment(QUICKSTART, overrides))
+    labels, corpus = make_split_folders(tmp_path, 10, 120, 60)
+    write_calibrations(labels / "calibrations.json", {"batch": Calibration((0.0,) * len(NAMES))})
+    model = load_untrained(EncoderStudent(model=str(small_encoder)), NAMES, seed=0)
+    for artifact, source in ((lineage.corpus, corpus), (lineage.labels, labels)):
+        with make(artifact) as draft:
+            shutil.copytree(source, draft.folder, dirs_exist_ok=True)
+            draft.rows, draft.details = Rows(taken=0, kept=0, rejected=0), {"validation": 120}
+    with make(lineage.student()) as draft:
+        model.save_pretrained(draft.folder / MODEL)
+        load_tokenizer(small_encoder).save_pretrained(draft.folder / MODEL)
+        draft.rows = Rows(taken=0, kept=0, rejected=0)
+    with pytest.raises(ArtifactError, match=r"jobs/evaluate\.py"):
+        application_of("cascade", lineage, lineage.experiment.serve)
+    done = run_job("evaluate", str(QUICKSTART), *overrides)
+    assert done.returncode == 0, done.stderr
+    assert "the cascade asks the teacher about" in done.stdout
+    details = lineage.cascade.manifest().details
+    assert details["threshold"] > 0
+    # The labels are stacked; the teacher that would answer is not.
+    kind, _ = served_calibration(lineage.labels.path, "stacked")
+    assert kind == "batch"
+    assert application_of("cascade", lineage, lineage.experiment.serve) is not None

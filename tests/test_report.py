@@ -573,10 +573,8 @@ def test_the_students_calibration_error_stands_beside_that_of_before(reported):
     assert sum("before its temperature" in line for line in lines) == 1
 
 
-def test_a_cascade_is_shown_with_its_curve_cost_and_what_it_did_not_reach(lineage):
-    make_run(lineage)
-    write_report(lineage)
-    assert "Student and teacher together" not in page_of(lineage).text
+def test_a_cascade_is_shown_with_its_curve_cost_and_what_it_did_not_reach(lineage, reported):
+    assert "Student and teacher together" not in page_of(reported).text
     labelled = lineage.experiment.teacher.model_copy(
         update={"splits": ("unlabeled", "validation", "test")}
     )
