@@ -17,7 +17,7 @@ from transformers import (
 )
 from untrained import questions, untrained_student
 
-from llkd_ray.config import EvaluateSection, ExportSection, ServeSection
+from llkd_ray.config import EncoderStudent, EvaluateSection, ExportSection, ServeSection
 from llkd_ray.serving.student import StudentClassifier
 from llkd_ray.student.architectures import (
     MeanPooledClassifier,
@@ -27,7 +27,7 @@ from llkd_ray.student.architectures import (
 )
 from llkd_ray.student.batches import split_ids
 from llkd_ray.student.evaluate import predict
-from llkd_ray.student.model import load_student, load_tokenizer
+from llkd_ray.student.model import load_student, load_tokenizer, load_untrained
 from llkd_ray.student.onnx import export_onnx
 from llkd_ray.student.scores import score_models
 from llkd_ray.student.stopping import held_out
@@ -154,10 +154,14 @@ def _logits(folder):
         return model(batch["input_ids"], batch["attention_mask"]).logits.numpy()
 
 
-@pytest.mark.slow
 def test_whatever_computes_the_student_gives_the_calibrated_probabilities(
-    tmp_path, folders, student
+    tmp_path, folders, small_encoder
 ):
+    student = tmp_path / "plain"
+    model = load_untrained(EncoderStudent(model=str(small_encoder)), NAMES, seed=0)
+    model.classifier.weight.data *= 20  # So that it tells texts apart.
+    model.save_pretrained(student)
+    load_tokenizer(small_encoder).save_pretrained(student)
     calibrated = tmp_path / "calibrated"
     shutil.copytree(student, calibrated)
     set_temperature(calibrated, HALF)
