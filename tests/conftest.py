@@ -1,5 +1,6 @@
 """What tests share: one private Ray, one small experiment, and the whole flow run once on it."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from training_data import make_split_folders
-from training_workers import make_small_encoder, work_on
+from training_workers import make_small_encoder, run_workers, work_on
 
 from llkd_ray.cluster import ray_session
 from llkd_ray.config import Experiment, RaySection, load_experiment
@@ -19,6 +20,7 @@ from llkd_ray.lineage import Lineage
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "jobs"))
 QUICKSTART = ROOT / "jobs/configs/quickstart.toml"
 
 # The quickstart on a sample: every stage is real, with less to do.
@@ -57,6 +59,13 @@ class Run:
     ) -> subprocess.CompletedProcess[str]:
         """Run jobs/VERB.py in a process of its own, as a user does."""
         return run_job(verb, str(QUICKSTART), *self.overrides, *more, timeout_s=timeout_s)
+
+    def stage(self, verb: str) -> None:
+        """Do what jobs/VERB.py does in this process: it takes the Ray that is there, `ray_local`.
+
+        Seconds less than `job`, where what a user sees of the job is not the point.
+        """
+        getattr(importlib.import_module(verb), verb)(self.experiment)
 
     def summary(self) -> dict[str, Any]:
         summary: dict[str, Any] = json.loads((self.lineage.run / "summary.json").read_text())
@@ -116,3 +125,12 @@ def small_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def work(folders: tuple[Path, Path], small_encoder: Path) -> Any:
     """What training workers are told."""
     return work_on(folders, small_encoder)
+
+
+@pytest.fixture(scope="session")
+def one_worker(
+    tmp_path_factory: pytest.TempPathFactory, folders: tuple[Path, Path], small_encoder: Path
+) -> tuple[Path, Any]:
+    """What one worker leaves that is told `work` as it stands, and its progress."""
+    out = tmp_path_factory.mktemp("one-worker")
+    return out, run_workers(out, work_on(folders, small_encoder), 1)

@@ -55,14 +55,15 @@ def test_a_cluster_that_is_joined_may_grow_so_the_wait_is_told(
     assert "3 teachers ask for 3.25 CPUs" in caplog.text
 
 
+@pytest.mark.usefixtures("ray_local")
 def test_labelling_refuses_teachers_that_would_starve_its_readers(run: Run) -> None:
     greedy = Run((*run.overrides, *SCRIPTED, "teacher.actors={min = 2, max = 2, num_cpus = 1.0}"))
-    assert greedy.job("prepare").returncode == 0
-    refused = greedy.job("label", timeout_s=120)
-    assert refused.returncode == 1
-    assert "set teacher.actors.num_cpus to 0.875 at most" in refused.stderr
+    greedy.stage("prepare")
+    with pytest.raises(ClusterError, match=r"set teacher\.actors\.num_cpus to 0\.875 at most"):
+        greedy.stage("label")
 
 
+@pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize(
     "actors",
     [
@@ -73,9 +74,9 @@ def test_labelling_refuses_teachers_that_would_starve_its_readers(run: Run) -> N
 )
 def test_teachers_never_starve_their_readers(run: Run, actors: str) -> None:
     tight = Run((*run.overrides, *SCRIPTED, f"teacher.actors={actors}"))
-    assert tight.job("prepare").returncode == 0
-    labelled = tight.job("label", timeout_s=240)
-    assert labelled.returncode == 0, labelled.stdout + labelled.stderr
+    tight.stage("prepare")
+    tight.stage("label")
+    assert tight.lineage.labels.made
 
 
 def test_a_cluster_grows_for_a_labelling_run_and_shrinks_after_it(tmp_path: Path) -> None:

@@ -69,22 +69,20 @@ def test_an_experts_file_that_cannot_be_meant_says_what_to_do(tmp_path, content,
 
 
 @pytest.mark.slow
-def test_an_experts_settings_reach_deepspeed(tmp_path, work):
-    run_workers(tmp_path / "plain", work, 1)
+def test_an_experts_settings_reach_deepspeed(tmp_path, work, one_worker):
     heavy = replace(work, expert={"optimizer": {"params": {"weight_decay": 50.0}}})
-    run_workers(tmp_path / "expert", heavy, 1)
-    size = {
-        name: torch.linalg.vector_norm(weights(tmp_path / name)).item()
-        for name in ("plain", "expert")
-    }
-    assert size["expert"] < 0.99 * size["plain"]
+    run_workers(tmp_path, heavy, 1)
+    plain, expert = (
+        torch.linalg.vector_norm(weights(out)).item() for out in (one_worker[0], tmp_path)
+    )
+    assert expert < 0.99 * plain
 
 
 @pytest.mark.slow
-def test_accumulating_takes_the_steps_of_whole_batches(tmp_path, work):
-    whole = run_workers(tmp_path / "whole", work, 1)
-    parts = run_workers(tmp_path / "parts", changed(work, accumulation=3), 1)
-    assert kept_rows(tmp_path / "whole", 2) == kept_rows(tmp_path / "parts", 2)
+def test_accumulating_takes_the_steps_of_whole_batches(tmp_path, work, one_worker):
+    out, whole = one_worker
+    parts = run_workers(tmp_path, changed(work, accumulation=3), 1)
+    assert kept_rows(out, 2) == kept_rows(tmp_path, 2)
     assert [row["loss"] for row in parts.epochs] == pytest.approx(
         [row["loss"] for row in whole.epochs], rel=1e-4
     )
@@ -113,9 +111,9 @@ def weights(out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "offload"), [(1, "optimizer"), (3, "all")])
-def test_offloading_takes_the_same_steps(tmp_path, work, stage, offload):
-    plain = run_workers(tmp_path / "plain", work, 1)
-    moved = run_workers(tmp_path / "moved", changed(work, zero_stage=stage, offload=offload), 1)
+def test_offloading_takes_the_same_steps(tmp_path, work, one_worker, stage, offload):
+    _, plain = one_worker
+    moved = run_workers(tmp_path, changed(work, zero_stage=stage, offload=offload), 1)
     assert [row["loss"] for row in moved.epochs] == pytest.approx(
         [row["loss"] for row in plain.epochs], rel=1e-3
     )

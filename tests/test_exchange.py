@@ -1,9 +1,8 @@
 """Gradients averaged over real processes, against a plain all-reduce of all of them."""
 
-import multiprocessing
-
 import pytest
 import torch
+from training_workers import FORKS
 
 from llkd_ray.student.exchange import GradientMean
 
@@ -47,10 +46,9 @@ def compare(rank, world_size, meeting):
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_the_mean_without_zeros_is_the_mean_of_all_to_the_last_bit(tmp_path, world_size):
-    spawn = multiprocessing.get_context("spawn")
     meeting = (tmp_path / "meeting").as_uri()
     workers = [
-        spawn.Process(target=compare, args=(rank, world_size, meeting))
+        FORKS.Process(target=compare, args=(rank, world_size, meeting))
         for rank in range(world_size)
     ]
     for worker in workers:

@@ -15,12 +15,16 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
-from conftest import QUICKSTART
+from conftest import QUICKSTART, Run
 
 from llkd_ray.config import (
     EngineSection,
@@ -31,7 +35,8 @@ from llkd_ray.config import (
     TaskSection,
     load_experiment,
 )
-from llkd_ray.errors import TeacherError
+from llkd_ray.corpus import read_shards
+from llkd_ray.errors import TeacherError, TooManyRejectedError
 from llkd_ray.teacher.engine import engine_environment
 from llkd_ray.teacher.http import Endpoint, fit
 from llkd_ray.teacher.pretrained import teacher_folder
@@ -447,6 +452,57 @@ def test_a_text_that_is_too_long_is_not_sent(server: Misbehaving) -> None:
     assert long.error == "the text has 4 words, 3 are read at most"
     assert short.error is None
     assert not server.asked("rain")
+
+
+def entries_of(run: Run) -> pa.Table:
+    return pa.concat_tables(map(pq.read_table, run.lineage.ledger.rglob("[!.]*.parquet")))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
+def test_rows_without_an_answer_stop_the_job_and_are_asked_about_once_more_where_allowed(
+    run: Run, server: Misbehaving
+) -> None:
+    server.top = [{"token": " person", "logprob": -0.2}]
+    source = Path(run.experiment.runs) / "texts.jsonl"
+    texts = ["Who are you ?", *(f"What is it that {number} ? " + "on " * 9 for number in range(20))]
+    source.write_text("".join(json.dumps({"text": text, "label": None}) + "\n" for text in texts))
+    strict = Run(
+        (
+            *run.overrides,
+            f"corpus.source={source}",
+            "teacher.kind=http",
+            f"teacher.url={server.url}",
+            "teacher.model=m",
+            'teacher.splits=["unlabeled"]',
+            "teacher.prompt.max_text_tokens=10",
+            "teacher.prompt.overlong=reject",
+        )
+    )
+    strict.stage("prepare")
+    with pytest.raises(TooManyRejectedError, match=r"20 of 21 rows.*teacher\.attempts=2"):
+        strict.stage("label")
+    failed = pc.is_valid(entries_of(strict).column("error"))
+    assert pc.sum(failed).as_py() == 20
+
+    lenient = Run((*strict.overrides, "teacher.max_rejected_fraction=1.0"))
+    lenient.stage("label")
+    manifest = lenient.lineage.readouts.manifest()
+    assert (manifest.rows.kept, manifest.rows.rejected) == (1, 20)
+    assert manifest.details["answered_now"] == 0
+    (shard,) = read_shards(lenient.lineage.labels.path / "unlabeled")
+    assert pq.read_table(shard).column("text").to_pylist() == texts[:1]
+    told = lenient.job("label", "--status", timeout_s=60)
+    assert ["unlabeled", "21", "1", "20", "0"] in map(str.split, told.stdout.splitlines())
+
+    again = Run((*lenient.overrides, "teacher.attempts=2"))
+    again.stage("label")
+    assert again.lineage.readouts.manifest().details["answered_now"] == 20
+    entries = entries_of(again)
+    seconds = entries.filter(pc.equal(entries.column("attempt"), 2))
+    assert len(seconds) == 20
+    assert seconds.column("error").null_count == 0
+    assert len(server.asked(texts[0])) == 1
 
 
 def test_a_completion_is_read_as_a_chat_is() -> None:

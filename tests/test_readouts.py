@@ -6,7 +6,6 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import QUICKSTART
 
-from llkd_ray.cluster import ray_session
 from llkd_ray.config import load_experiment
 from llkd_ray.corpus import prepare, read_shards
 from llkd_ray.teacher import readouts
@@ -25,6 +24,7 @@ def test_windows_hold_every_shard_once_and_no_more_rows_than_allowed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
 def test_a_corpus_of_many_windows_and_of_blocks_of_several_batches_is_answered_as_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,8 +51,7 @@ def test_a_corpus_of_many_windows_and_of_blocks_of_several_batches_is_answered_a
     prepare(experiment.corpus, experiment.task, corpus)
     ledger = Ledger(tmp_path / "ledger", len(experiment.task.labels))
     ledger.open({})
-    with ray_session(experiment.ray):
-        answered = readouts.read_out(corpus, answers, Opening.of(experiment), ledger)
+    answered = readouts.read_out(corpus, answers, Opening.of(experiment), ledger)
     assert answered.taken == 300
     assert answered.answered_now == 300 + len(readouts.CONTENT_FREE)
     assert answered.duplicates == answered.rejected == 0

@@ -80,9 +80,18 @@ def submit(dashboard: str, verb: str, *overrides: str) -> subprocess.CompletedPr
     )
 
 
-def test_label_and_train_run_as_submitted_jobs(dashboard: str, run: Run) -> None:
-    small = Run((*run.overrides, "teacher.max_unlabeled_rows=64", "train.epochs=1"))
-    small = Run((*small.overrides, 'teacher.splits=["unlabeled"]'))
+def test_label_and_train_run_as_submitted_jobs(
+    dashboard: str, run: Run, small_encoder: Path
+) -> None:
+    small = Run(
+        (
+            *run.overrides,
+            "teacher.max_unlabeled_rows=64",
+            'teacher.splits=["unlabeled"]',
+            "train.epochs=1",
+            f"student.model={small_encoder}",
+        )
+    )
     assert small.job("prepare").returncode == 0
     labelled = submit(dashboard, "label", *small.overrides)
     assert labelled.returncode == 0, labelled.stdout + labelled.stderr

@@ -17,49 +17,6 @@ from llkd_ray import schema
 from llkd_ray.config import EncoderStudent, LLKDRule
 
 
-@pytest.mark.slow
-def test_a_trained_student_is_a_plain_pipeline(tmp_path, folders, ray_local):  # noqa: ARG001
-    from transformers import pipeline
-
-    from llkd_ray.student.train import train
-
-    labels, corpus = folders
-    trained = train(
-        labels,
-        tmp_path,
-        corpus=corpus,
-        label_names=NAMES,
-        selection=LLKDRule(),
-        student=EncoderStudent(),
-        section=TRAIN.model_copy(update={"learning_rate": 5e-5}),
-        seed=0,
-        cache="unused",
-    )
-    assert trained.rows.taken == trained.rows.kept == 120
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "audit.parquet",
-        "epochs.parquet",
-        "model",
-        "signals",
-    ]
-    assert not list((tmp_path / "model").glob("*.bin"))
-    audit, epochs = (
-        pq.read_table(tmp_path / "audit.parquet"),
-        pq.read_table(tmp_path / "epochs.parquet"),
-    )
-    assert audit.schema.equals(schema.AUDIT)
-    assert epochs.schema.equals(schema.EPOCHS)
-    assert audit.num_rows == 2 * len(NAMES)
-    kept = sum(epochs["kept"].to_pylist())
-    assert sum(audit["kept"].to_pylist()) == kept
-    assert trained.details["rows_used_fraction"] == kept / (2 * 120)
-    classify = pipeline("text-classification", str(tmp_path / "model"), device="cpu")
-    texts = ["Who wrote Hamlet ?", "Where is Ulm ?"]
-    answers = classify(texts, top_k=None)
-    assert {answer["label"] for answer in answers[0]} == set(NAMES)
-    assert "macro-F1" in (tmp_path / "model/README.md").read_text()
-
-
 def train_small(labels, corpus, out, encoder, **train_settings):
     from llkd_ray.student.train import train
 
@@ -87,6 +44,36 @@ def wait_for(condition, seconds=120):
 def unbroken(tmp_path_factory, folders, small_encoder, ray_local):  # noqa: ARG001
     out = tmp_path_factory.mktemp("unbroken")
     return out, train_small(*folders, out, small_encoder)
+
+
+@pytest.mark.slow
+def test_a_trained_student_is_a_plain_pipeline(unbroken):
+    from transformers import pipeline
+
+    out, trained = unbroken
+    assert trained.rows.taken == trained.rows.kept == 120
+    assert sorted(path.name for path in out.iterdir()) == [
+        "audit.parquet",
+        "epochs.parquet",
+        "model",
+        "signals",
+    ]
+    assert not list((out / "model").glob("*.bin"))
+    audit, epochs = (
+        pq.read_table(out / "audit.parquet"),
+        pq.read_table(out / "epochs.parquet"),
+    )
+    assert audit.schema.equals(schema.AUDIT)
+    assert epochs.schema.equals(schema.EPOCHS)
+    assert audit.num_rows == 8 * len(NAMES)
+    kept = sum(epochs["kept"].to_pylist())
+    assert sum(audit["kept"].to_pylist()) == kept
+    assert trained.details["rows_used_fraction"] == kept / (8 * 120)
+    classify = pipeline("text-classification", str(out / "model"), device="cpu")
+    texts = ["Who wrote Hamlet ?", "Where is Ulm ?"]
+    answers = classify(texts, top_k=None)
+    assert {answer["label"] for answer in answers[0]} == set(NAMES)
+    assert "macro-F1" in (out / "model/README.md").read_text()
 
 
 def assert_same_run(out, trained, unbroken):

@@ -20,8 +20,8 @@ from llkd_ray.student.worker import Context, Work
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Workers are forks of one process that has imported everything: a start takes no seconds.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["training_workers", "deepspeed", "transformers.models.bert"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["training_workers", "deepspeed", "transformers.models.bert"])
 
 TRAIN = TrainSection(
     num_workers=2, epochs=2, batch_size=16, scoring_batch_size=32, learning_rate=2e-4
@@ -77,7 +77,7 @@ def run_workers(out, work, world_size, *, restored=None, killed_at=None):
     out.mkdir(parents=True, exist_ok=True)
     meeting = out / f"meeting-{time.monotonic_ns()}"
     workers = [
-        _FORKS.Process(
+        FORKS.Process(
             target=_main, args=((rank, world_size), meeting, work, out, (restored, killed_at))
         )
         for rank in range(world_size)
