@@ -71,7 +71,7 @@ async def run(session: Session, item: Measure, measured: Measurement) -> None:
             reply = await session.ask(texts)
             if item.name == "warm-up":
                 if reply.status != OK:
-                    raise EndpointError(f"the endpoint {measured.endpoint}: {reply.refusal}")
+                    raise EndpointError(f"the {measured.endpoint}: {reply.refusal}")
                 continue
             sample = Sample(
                 endpoint=measured.endpoint,

@@ -74,7 +74,7 @@ class Session:
             return f"{target.protocol} at {target.url}"
         response = await self._client.get("/v1/model")
         if response.status_code != OK:
-            raise EndpointError(f"{response.url}: {self._refusal(response)}")
+            raise EndpointError(self._refusal(response))
         card = self._json(response)
         if not isinstance(card, dict):
             raise self._another_protocol(response)
@@ -104,7 +104,7 @@ class Session:
         except httpx.TimeoutException:
             raise
         except httpx.TransportError as error:
-            refusal = f"cannot be reached: {error or type(error).__name__}"
+            refusal = f"it cannot be reached: {error or type(error).__name__}"
             return Reply(NO_ANSWER, [], time.perf_counter(), refusal)
         end_s = time.perf_counter()
         self._advance(len(texts))
@@ -133,11 +133,12 @@ class Session:
     def _refusal(self, response: httpx.Response) -> str:
         match response.status_code:
             case 401:
-                return (
+                why = (
                     "it asks for a token (HTTP 401); set the variable that serve.token_env, or the "
                     "token_env of one of bench.others, names"
                 )
             case 404:
-                return f"there is no endpoint of the protocol {self._target.protocol!r} (HTTP 404)"
+                why = f"there is no endpoint of the protocol {self._target.protocol!r} (HTTP 404)"
             case status:
-                return f"it refuses (HTTP {status}): {response.text[:200]!r}"
+                why = f"it refuses (HTTP {status}): {response.text[:200]!r}"
+        return f"{response.url}: {why}"
