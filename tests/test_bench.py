@@ -452,9 +452,10 @@ def test_an_open_loop_sees_a_stall_that_a_closed_one_hides():
         samples = send(url, protocol="vllm", **single, **calm).samples
     alone = [s for s in samples if s.measure == "single"]
     offered = [s for s in samples if s.measure == "open"]
-    assert sum(s.latency_ms > 100 for s in alone) == 1
-    # Half a second at 100 a second; those of its first 0.4 s waited more than 0.1 s.
-    assert sum(s.latency_ms > 100 for s in offered) >= 25
+    # A busy machine may add a stall or two of its own.
+    assert 1 <= sum(s.latency_ms > 250 for s in alone) <= 3
+    # Half a second at 100 a second; those of its first quarter waited more than as long.
+    assert sum(s.latency_ms > 250 for s in offered) >= 15
     assert all(s.sent_s >= s.start_s for s in offered)
     assert {s.rate_per_s for s in offered} == {100.0}
 

@@ -78,8 +78,10 @@ def summarize(
     rate = max(sweep.values(), key=lambda interval: interval.value)
     closed = [sample for sample in measured.samples if sample.measure != "open"]
 
-    def of_single(level: str) -> tuple[float, float]:
-        return _bounds(lambda rows: percentiles_ms(single[rows])[level], len(single), bench.seed)
+    def of_single(percentile: int) -> tuple[float, float]:
+        return _bounds(
+            lambda rows: float(np.percentile(single[rows], percentile)), len(single), bench.seed
+        )
 
     return EndpointSummary(
         model=measured.model,
@@ -94,7 +96,7 @@ def summarize(
         max_rate_per_s=measured.max_rate_per_s,
         open_loop=_offered(measured, bench),
         intervals={
-            **{level: of_single(level) for level in Latency.model_fields},
+            **{f"p{percentile}": of_single(percentile) for percentile in (50, 95, 99)},
             "batch64_s": _bounds(
                 lambda rows: float(np.median(batch_s[rows])), len(batch_s), bench.seed
             ),
