@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -26,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, get_args
 
 import figures
@@ -125,6 +127,8 @@ def compare(
             url = stack.enter_context(started(name, command, environment))
             targets.append(Target(name, url, protocol))
         stack.enter_context(ray_session(RaySection(num_cpus=2)))
+        # Ray has put its own in place, which would leave the other servers behind.
+        signal.signal(signal.SIGTERM, _end)
         app = student_app(onnx, "student", MAX_LENGTH, serve)
         targets.insert(0, Target("llkd_ray", stack.enter_context(running(app, serve))))
         for number in range(rounds):
@@ -347,20 +351,25 @@ def peer_of(argument: str) -> Target:
     raise argparse.ArgumentTypeError(f"the protocol is one of {', '.join(known)}")
 
 
+def _end(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     if sys.argv[1:2] and sys.argv[1] in INTERNAL:  # We are one of the processes measured.
         globals()[INTERNAL[sys.argv[1]]](*sys.argv[2:])
         return 0
+    signal.signal(signal.SIGTERM, _end)
     parser = figures.parser_of(__doc__, "one round, fewer requests, within four minutes")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--runs", type=Path, help="folder with a run of the quickstart")
     parser.add_argument("--peer", type=peer_of, action="append", default=[])
     arguments = parser.parse_args()
     bench = BenchSection(
-        single_requests=50 if arguments.quick else 100,
+        single_requests=30 if arguments.quick else 100,
         batch_requests=1,
-        concurrency=(1, 2, 4),
-        sweep_requests=12 if arguments.quick else 24,
+        concurrency=(1, 2) if arguments.quick else (1, 2, 4),
+        sweep_requests=8 if arguments.quick else 24,
         sweep_texts=BATCH,
         search_tries=0,
     )
