@@ -259,6 +259,38 @@ def latency(bench: BenchSummary) -> Figure:
 
 
 @styled
+def rates(bench: BenchSummary) -> Figure:
+    """Draw latency against the rate at which requests come, on log scales."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for position, (name, end) in enumerate(bench.endpoints.items()):
+        points = [(at, at.latency_ms) for at in end.open_loop]
+        color, marker = _endpoint_color(position), MARKERS[position % len(MARKERS)]
+        for level, style in (("p50", ":"), ("p95", "-")):
+            drawn = [(at, getattr(found, level)) for at, found in points if found is not None]
+            axes.plot(
+                [at.rate_per_s for at, _ in drawn],
+                [value for _, value in drawn],
+                color=color,
+                ls=style,
+                label=f"{_short(name)}, {level}",
+            )
+            for at, value in drawn:
+                face = color if at.met else "none"
+                axes.plot(at.rate_per_s, value, marker, color=color, markerfacecolor=face)
+    axes.axhline(bench.latency_target_ms, color=INK, alpha=0.45, lw=1, ls="--")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,.7g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("requests per second (log scale)")
+    axes.set_ylabel("latency (ms, log scale)")
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure
+
+
+@styled
 def cost(bench: BenchSummary) -> Figure:
     """Draw seconds per 64 texts, throughput and cost of each endpoint, on log scales."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
@@ -291,47 +323,15 @@ def cost(bench: BenchSummary) -> Figure:
     return figure
 
 
-@styled
-def rates(bench: BenchSummary) -> Figure:
-    """Draw latency against the rate at which requests come, on log scales."""
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    axes = figure.subplots()
-    for position, (name, end) in enumerate(bench.endpoints.items()):
-        points = [(at, at.latency_ms) for at in end.open_loop]
-        color, marker = _endpoint_color(position), MARKERS[position % len(MARKERS)]
-        for level, style in (("p50", ":"), ("p95", "-")):
-            drawn = [(at, getattr(found, level)) for at, found in points if found is not None]
-            axes.plot(
-                [at.rate_per_s for at, _ in drawn],
-                [value for _, value in drawn],
-                color=color,
-                ls=style,
-                label=f"{_short(name)}, {level}",
-            )
-            for at, value in drawn:
-                face = color if at.met else "none"
-                axes.plot(at.rate_per_s, value, marker, color=color, markerfacecolor=face)
-    axes.axhline(bench.latency_target_ms, color=INK, alpha=0.45, lw=1, ls="--")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(StrMethodFormatter("{x:,.7g}"))
-        axis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("requests per second (log scale)")
-    axes.set_ylabel("latency (ms, log scale)")
-    figure.legend(loc="outside lower center", ncols=4)
-    return figure
+def _percent() -> FuncFormatter:
+    """Return a formatter of shares that writes 60% and 62.5%, not 60.0% and 62%."""
+    return FuncFormatter(lambda share, _position: f"{100 * share:.4g}%")
 
 
 def _endpoint_color(position: int) -> str:
     """Return the colour of an endpoint: the teacher's, the student's, then those of the others."""
     others = [color for color in SERIES if color not in (TEACHER, STUDENT)]
     return (TEACHER, STUDENT, *others)[position % len(SERIES)]
-
-
-def _percent() -> FuncFormatter:
-    """Return a formatter of shares that writes 60% and 62.5%, not 60.0% and 62%."""
-    return FuncFormatter(lambda share, _position: f"{100 * share:.4g}%")
 
 
 def _log_axis(axes: Axes) -> None:
