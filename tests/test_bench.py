@@ -159,6 +159,18 @@ def test_the_interval_of_a_rate_covers_the_true_one_about_as_often_as_it_says():
     assert covered >= 85
 
 
+def test_answers_that_come_at_the_same_moment_make_no_interval_without_end():
+    # Four clients whose requests share passes of 1.0 s, then 1.2 s.
+    samples = [
+        sample("sweep", start, latency_ms, 16, concurrency=4)
+        for start, latency_ms in ((0.0, 1000.0), (1.0, 1200.0))
+        for _ in range(4)
+    ]
+    found = cost.texts_per_s(samples, 0)
+    assert found.value == pytest.approx(8 * 16 / 2.2)
+    assert 4 * 16 / 1.2 <= found.low < found.value < found.high <= 4 * 16 / 1.0
+
+
 def test_an_endpoint_that_answers_nothing_of_a_measure_has_no_summary():
     refused = Measurement("teacher", "t", [sample("single", 0, 1, status=503)])
     with pytest.raises(EndpointError, match=r"none of the 1 requests .* 'single' \(HTTP 503\)"):

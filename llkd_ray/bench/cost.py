@@ -23,19 +23,22 @@ def cost_usd_per_million(usd_per_hour: float, texts_per_s: float) -> float:
 def texts_per_s(samples: Sequence[Sample], seed: int) -> Interval:
     """Return answered texts over the time from the first request's start to the last one's end.
 
-    For the interval the time is cut at each answer, and the pieces are resampled with their texts.
+    The interval follows from resampled requests: clients that always wait for an answer make a rate
+    that is inverse to their mean latency (Little's law). It takes requests for independent.
 
     Args:
         samples: Of one closed loop, at least one of them answered.
         seed: Of the bootstrap.
     """
-    answered = sorted((s for s in samples if s.status == OK), key=_end_s)
-    texts = np.array([sample.texts for sample in answered])
-    ends_s = np.array([_end_s(sample) for sample in answered])
-    pieces_s = np.diff(ends_s, prepend=min(sample.start_s for sample in answered))
+    answered = [sample for sample in samples if sample.status == OK]
+    texts = np.array([sample.texts for sample in answered], dtype=np.float64)
+    latency_s = np.array([sample.latency_ms / 1000 for sample in answered])
+    start_s = np.array([sample.start_s for sample in answered])
+    seconds = float((start_s + latency_s).max() - start_s.min())
+    clients = float(latency_s.sum()) / seconds  # That waited at a time, on average.
 
     def rate(rows: Ints) -> float:
-        return float(texts[rows].sum() / max(pieces_s[rows].sum(), 1e-9))
+        return float(clients * texts[rows].sum() / latency_s[rows].sum())
 
     return bootstrap_interval(rate, len(answered), _RESAMPLES, seed)
 
@@ -185,7 +188,3 @@ def _latencies_ms(measured: Measurement, measure: str) -> Floats:
             f"measure {measure!r} (HTTP {', '.join(map(str, statuses))})"
         )
     return np.array(answered, dtype=np.float64)
-
-
-def _end_s(sample: Sample) -> float:
-    return sample.start_s + sample.latency_ms / 1000
