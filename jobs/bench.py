@@ -2,25 +2,25 @@
 
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Generator
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from typing import TYPE_CHECKING
 
 from llkd_ray.cli import run_job
-from llkd_ray.config import Experiment
+from llkd_ray.config import Experiment, ServeTarget
 
 if TYPE_CHECKING:
-    from llkd_ray.bench.load import Measure, Measurement
-    from llkd_ray.schema import BenchSummary
-
-ENDPOINTS: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
+    from llkd_ray.bench.session import Target
 
 
 def bench(experiment: Experiment) -> None:
-    from llkd_ray.artifacts import Rows, make, write_text
-    from llkd_ray.bench import cost, load
-    from llkd_ray.bench.machine import this_machine
+    from llkd_ray.artifacts import make
+    from llkd_ray.bench import table
+    from llkd_ray.bench.load import measure
+    from llkd_ray.bench.results import write_results
+    from llkd_ray.bench.texts import read_texts
     from llkd_ray.lineage import Lineage
+    from llkd_ray.progress import progress
 
     lineage = Lineage(experiment)
     for needed in (lineage.corpus, lineage.labels, lineage.served):
@@ -29,68 +29,46 @@ def bench(experiment: Experiment) -> None:
     if artifact.made:
         print(f"bench: {artifact.path} is there already")
         return
-    section = experiment.bench
-    texts = read_texts(lineage.corpus.path, experiment.serve.max_text_chars)
-    measures = load.plan(list(texts), section)
-    prices = {"student": section.student_usd_per_hour, "teacher": section.teacher_usd_per_hour}
+    gold = read_texts(lineage.corpus.path, experiment.serve.max_text_chars)
     with make(artifact) as draft:
-        measured = measure(experiment, measures)
-        summaries = {name: cost.summarize(measured[name], prices[name]) for name in ENDPOINTS}
-        summary = cost.compare(summaries["teacher"], summaries["student"])
-        write_samples(draft.folder / "samples.parquet", measured)
-        write_text(draft.folder / "bench.json", summary.model_dump_json(indent=2) + "\n")
-        samples = [sample for item in measured.values() for sample in item.samples]
-        answered = sum(sample.status == 200 for sample in samples)
-        draft.rows = Rows(taken=len(samples), kept=answered, rejected=len(samples) - answered)
-        asked = {text for item in measures[1:] for request in item.requests for text in request}
-        draft.details = {
-            "machine": this_machine(),
-            "distinct_texts": len(asked),
-            **{name: cost.details(measured[name], texts) for name in ENDPOINTS},
-        }
-    print_table(summary, draft.details)
+        measured = []
+        # One endpoint after the other; two at once would share the machine.
+        with closing(targets(experiment)) as each:
+            for target in each:
+                with progress(f"bench {target.name}", "texts") as bar:
+                    measured.append(
+                        measure(target, list(gold), experiment.bench, advance=bar.update)
+                    )
+        summary = write_results(draft, measured, experiment.bench, gold)
+    ends = summary.endpoints.values()
+    print("\n".join(table.lines(summary)))
     print(
         f"bench: wrote {artifact.path}: the student is {summary.speedup:.1f} times as fast on 64 "
-        f"texts and {summary.cost_ratio:.1f} times as cheap; {len(samples) - answered} of "
-        f"{len(samples)} requests failed"
+        f"texts and {summary.cost_ratio:.1f} times as cheap; "
+        f"{sum(end.failed for end in ends)} of {sum(end.requests for end in ends)} requests failed"
     )
 
 
-def measure(experiment: Experiment, measures: "list[Measure]") -> "dict[str, Measurement]":
-    """Measure one endpoint after the other; two at once would share the machine."""
-    from llkd_ray.bench import load
+def targets(experiment: Experiment) -> "Generator[Target, None, None]":
+    """Yield each endpoint while it answers: those that serve already, and ours, deployed for it."""
+    from llkd_ray.bench.session import Target
     from llkd_ray.cluster import ray_session
-    from llkd_ray.progress import progress
 
     section = experiment.bench
-    urls = {"student": section.student_url, "teacher": section.teacher_url}
-    token = os.environ.get(experiment.serve.token_env) if experiment.serve.token_env else None
-    total = sum(len(request) for item in measures for request in item.requests)
-    measured = {}
-    connected: AbstractContextManager[None] = nullcontext()
-    if None in urls.values():
-        connected = ray_session(experiment.ray)
-    with connected:
-        for name in ENDPOINTS:
-            with (
-                endpoint(experiment, name, urls[name]) as url,
-                progress(f"bench {name}", "texts", total) as bar,
-            ):
-                measured[name] = load.measure(
-                    url,
-                    name,
-                    measures,
-                    timeout_s=section.request_timeout_s,
-                    token=token,
-                    advance=bar.update,
-                )
-    return measured
+    with ExitStack() as stack:
+        if any(section.url_of(name) is None for name in section.targets):
+            stack.enter_context(ray_session(experiment.ray))
+        for name in section.targets:
+            with endpoint(experiment, name) as url:
+                token = _token(experiment.serve.token_env)
+                yield Target(name, url, kind=name, token=token)
+    for other in section.others:
+        yield Target(other.name, other.url, other.protocol, token=_token(other.token_env))
 
 
-def endpoint(
-    experiment: Experiment, name: Literal["student", "teacher"], url: str | None
-) -> AbstractContextManager[str]:
+def endpoint(experiment: Experiment, name: ServeTarget) -> AbstractContextManager[str]:
     """Hold an endpoint's URL: one that serves already, or one deployed for the block."""
+    url = experiment.bench.url_of(name)
     if url is not None:
         return nullcontext(url)
 
@@ -102,51 +80,8 @@ def endpoint(
     return running(app, experiment.serve, free_port=True)
 
 
-def read_texts(corpus: Path, max_chars: int) -> dict[str, str | None]:
-    """Return texts with their gold: the test split's first, then unlabeled ones without.
-
-    The student was trained on the unlabeled split, so its gold would say nothing here.
-    """
-    import pyarrow.parquet as pq
-
-    from llkd_ray.corpus import read_shards
-
-    texts: dict[str, str | None] = {}
-    for split in ("test", "unlabeled"):
-        for shard in read_shards(corpus / split):
-            table = pq.read_table(shard, columns=["text", "gold"])
-            gold = table["gold"].to_pylist() if split == "test" else [None] * len(table)
-            texts.update(
-                (text, label)
-                for text, label in zip(table["text"].to_pylist(), gold, strict=True)
-                if len(text) <= max_chars
-            )
-            if len(texts) > 20_000:  # More than any bench sends: no need to read them all.
-                return texts
-    return texts
-
-
-def write_samples(path: Path, measured: "dict[str, Measurement]") -> None:
-    """Write every request as a row of schema.SAMPLES."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from llkd_ray import schema
-
-    rows = [sample._asdict() for item in measured.values() for sample in item.samples]
-    pq.write_table(pa.Table.from_pylist(rows, schema.SAMPLES), path)
-
-
-def print_table(summary: "BenchSummary", details: "dict[str, Any]") -> None:
-    """Print the two endpoints side by side."""
-    print("          p50 ms   p95 ms  64 texts s  texts/s    USD/M  accuracy")
-    for name in ENDPOINTS:
-        item, accuracy = getattr(summary, name), details[name]["accuracy"]
-        print(
-            f"{name:8} {item.latency_ms.p50:7.1f}  {item.latency_ms.p95:7.1f} "
-            f"{item.batch64_s:11.3f} {item.texts_per_s:8.1f} {item.cost_usd_per_million:8.3f}  "
-            f"{'-' if accuracy is None else format(accuracy, '.3f'):>8}"
-        )
+def _token(variable: str | None) -> str | None:
+    return os.environ.get(variable) if variable else None
 
 
 if __name__ == "__main__":

@@ -169,13 +169,15 @@ CURVE = pa.schema(
 
 SAMPLES = pa.schema(
     [
-        pa.field("endpoint", pa.string()),  # teacher or student
-        pa.field("measure", pa.string()),  # single, batch64 or sweep
-        pa.field("concurrency", pa.int32()),
+        pa.field("endpoint", pa.string()),  # teacher, student, or another's name
+        pa.field("measure", pa.string()),  # single, batch64 or sweep, which are closed loops; open
+        pa.field("concurrency", pa.int32()),  # clients of a closed loop; null of an open one
+        pa.field("rate_per_s", pa.float64()),  # requests offered by an open loop; null of a closed
         pa.field("texts", pa.int32()),
-        pa.field("start_s", pa.float64()),  # since the measure began
-        pa.field("latency_ms", pa.float64()),
-        pa.field("status", pa.int32()),  # HTTP
+        pa.field("start_s", pa.float64()),  # since the measure began; meant time of an open loop
+        pa.field("sent_s", pa.float64()),  # when the client really sent it
+        pa.field("latency_ms", pa.float64()),  # from start_s to the answer
+        pa.field("status", pa.int32()),  # HTTP; 0 where the connection broke
     ]
 )
 """bench/samples.parquet: every request that was sent after the warm-up."""
@@ -300,27 +302,67 @@ class Latency(_Keys):
     p99: float
 
 
+class Offered(_Keys):
+    """Requests of one text that came at random at one rate (an open loop)."""
+
+    rate_per_s: float
+    requests: int
+    """Fewer than the rate makes where so many were late that sending was given up."""
+    failed: int
+    latency_ms: Latency | None
+    """Of the answered ones, from the moment they were meant to be sent; null where none was."""
+    met: bool
+    """Whether enough of them were answered within the latency target."""
+
+
 class EndpointSummary(_Keys):
     """One endpoint, measured from outside."""
 
+    model: str
+    """What it calls itself."""
     latency_ms: Latency
     batch64_s: float
     """Median seconds of a request with 64 texts."""
     texts_per_s: float
     """Highest of the concurrency sweep."""
+    texts_per_s_by_clients: dict[int, float]
     cost_usd_per_million: float
     """Price of the machine over that throughput, for a million texts."""
+    accuracy: Bounded | None
+    """On the gold test texts that every endpoint answered; null where there is no gold."""
+    requests: int
+    """Of the closed loops."""
+    failed: int
+    """Of these, those not answered with HTTP 200."""
+    max_rate_per_s: float | None
+    """Highest rate of the open loop that met the latency target; null where none did."""
+    open_loop: list[Offered]
+    """By rate, the lowest first."""
+    intervals: dict[str, tuple[float, float]]
+    """Bootstrap 95 % intervals of p50, p95, p99 (ms), batch64_s, texts_per_s and
+    cost_usd_per_million."""
 
 
 class BenchSummary(_Keys):
-    """Teacher and student side by side."""
+    """Teacher and student side by side, and beside them whatever else was measured."""
 
     teacher: EndpointSummary
     student: EndpointSummary
+    others: dict[str, EndpointSummary]
     speedup: float
     """Seconds per batch of 64, teacher over student."""
+    throughput_ratio: float
+    """Texts per second, student over teacher."""
     cost_ratio: float
     """Cost per million, teacher over student."""
+    latency_target_ms: float
+    latency_percentile: float
+    """This percentage of requests had to be answered within the target."""
+
+    @property
+    def endpoints(self) -> dict[str, EndpointSummary]:
+        """Every endpoint by name, teacher and student first."""
+        return {"teacher": self.teacher, "student": self.student, **self.others}
 
 
 class Summary(_Keys):

@@ -37,6 +37,8 @@ SMALL = (
     "bench.concurrency=[2]",
     "bench.sweep_requests=2",
     "bench.warmup_requests=1",
+    "bench.open_s=1.0",
+    "bench.search_tries=2",
 )
 
 

@@ -1,8 +1,12 @@
-"""Cost arithmetic, and the load generator against a served student and against what is none."""
+"""Arithmetic, arrivals and search, and the clients against served students and what is none."""
 
+import asyncio
+import contextlib
 import http.server
+import json
 import socket
 import threading
+import time
 from collections import Counter
 
 import httpx
@@ -10,11 +14,13 @@ import numpy as np
 import pytest
 from untrained import free_port, questions, untrained_student
 
-from llkd_ray.bench import cost, load
+from llkd_ray.bench import closed_loop, cost, open_loop, table
+from llkd_ray.bench.load import measure
 from llkd_ray.bench.machine import this_machine
+from llkd_ray.bench.measurement import Measurement, Sample
+from llkd_ray.bench.session import Target
 from llkd_ray.config import BenchSection, ServeSection
 from llkd_ray.errors import EndpointError
-from llkd_ray.schema import EndpointSummary, Latency
 from llkd_ray.serving.deploy import running, student_app
 
 CONFIG = ServeSection(port=0, max_text_chars=300)
@@ -25,16 +31,15 @@ BENCH = BenchSection(
     concurrency=(1, 3),
     sweep_requests=5,
     sweep_texts=7,
+    search_tries=0,
 )
 
 
-def send(url, *, endpoint="student", texts=None, bench=BENCH, advance=lambda _: None, timeout_s=60):
-    return load.measure(
-        url,
-        endpoint,
-        load.plan(texts or questions(300), bench),
-        timeout_s=timeout_s,
-        token=None,
+def send(url, *, protocol="llkd", kind="student", texts=None, advance=lambda _: None, **settings):
+    return measure(
+        Target("student", url, protocol, kind=kind),
+        texts or questions(300),
+        BENCH.model_copy(update={"request_timeout_s": 60.0, **settings}),
         advance=advance,
     )
 
@@ -46,14 +51,33 @@ def student_url(ray_local, tmp_path_factory):  # noqa: ARG001
         yield url
 
 
-def summary(batch64_s, texts_per_s, usd_per_hour):
-    usd = cost.cost_usd_per_million(usd_per_hour, texts_per_s)
-    return EndpointSummary(
-        latency_ms=Latency(p50=1, p95=2, p99=3),
-        batch64_s=batch64_s,
-        texts_per_s=texts_per_s,
-        cost_usd_per_million=usd,
+def sample(measure, start_s, latency_ms, texts=1, *, status=200, concurrency=1, rate=None):
+    return Sample(
+        "student", measure, concurrency, rate, texts, start_s, start_s, latency_ms, status
     )
+
+
+def measured(name="student", *, seconds=1.0, clients=1, labels=None):
+    """Requests that each take so long, one after the other with each client."""
+    ms = 1000 * seconds
+    return Measurement(
+        name,
+        f"{name}-test",
+        [
+            *(sample("single", row * seconds, ms) for row in range(10)),
+            *(sample("batch64", row * seconds, ms, 64) for row in range(3)),
+            *(
+                sample("sweep", row * seconds, ms, 16, concurrency=clients)
+                for row in range(5)
+                for _ in range(clients)
+            ),
+        ],
+        labels or {},
+    )
+
+
+def summarize(measurement, usd_per_hour=0.1, gold=None, bench=BENCH):
+    return cost.summarize(measurement, bench, usd_per_hour=usd_per_hour, gold=gold or {})
 
 
 def test_a_million_texts_cost_the_hours_they_take():
@@ -63,14 +87,21 @@ def test_a_million_texts_cost_the_hours_they_take():
     assert cost.cost_usd_per_million(0.36, 50.0) == pytest.approx(2.0)
 
 
-def test_speedup_is_of_the_batch_of_64_and_the_cost_ratio_of_throughput_and_price():
-    compared = cost.compare(summary(6.4, 10, 1.0), summary(0.4, 200, 0.1))
+def test_ratios_are_of_the_batch_of_64_of_throughput_and_of_price():
+    ends = {
+        "teacher": summarize(measured("teacher", seconds=6.4), 1.0),
+        "student": summarize(measured("student", seconds=0.4, clients=2), 0.1),
+        "peer": summarize(measured("peer"), 0.1),
+    }
+    compared = cost.compare(ends, BENCH)
     assert compared.speedup == pytest.approx(16)
-    assert compared.cost_ratio == pytest.approx(20 * 10)
-
-
-def sample(measure, start_s, latency_ms, texts=1, *, status=200, concurrency=1):
-    return load.Sample("student", measure, concurrency, texts, start_s, latency_ms, status)
+    assert compared.throughput_ratio == pytest.approx(32)
+    assert compared.cost_ratio == pytest.approx(32 * 10)
+    assert list(compared.endpoints) == ["teacher", "student", "peer"]
+    lines = table.lines(compared)
+    assert lines[0].split() == ["teacher", "student", "peer", "student", ":", "teacher"]
+    assert lines[1].split()[-1] == "16x"
+    assert "400 (400 to 400)" not in lines[1]
 
 
 def test_a_summary_is_made_of_answered_requests_alone():
@@ -83,38 +114,126 @@ def test_a_summary_is_made_of_answered_requests_alone():
         sample("sweep", 0, 1, 10, status=503, concurrency=2),
         sample("sweep", 0, 1000, 10, concurrency=1),
     ]
-    made = cost.summarize(load.Measurement("student", "student-test", samples), usd_per_hour=0.072)
+    made = summarize(Measurement("student", "student-test", samples), usd_per_hour=0.072)
     assert made.latency_ms.p50 == pytest.approx(np.percentile(np.arange(1, 101), 50))
     assert made.latency_ms.p99 == pytest.approx(np.percentile(np.arange(1, 101), 99))
     assert made.batch64_s == pytest.approx(0.3)
-    assert cost.sweep_texts_per_s(samples) == pytest.approx({1: 10.0, 2: 20.0})
+    assert made.texts_per_s_by_clients == pytest.approx({1: 10.0, 2: 20.0})
     assert made.texts_per_s == pytest.approx(20.0)
     assert made.cost_usd_per_million == pytest.approx(1.0)
+    assert (made.failed, made.requests) == (2, len(samples))
+
+
+def test_intervals_hold_the_value_and_are_wider_where_requests_differ_more():
+    rng = np.random.default_rng(0)
+
+    def widths(spread):
+        seconds = rng.lognormal(0.0, spread, 200) / 100
+        starts = np.concatenate([[0.0], np.cumsum(seconds)[:-1]])
+        samples = [
+            sample(name, start, 1000 * took, texts)
+            for name, texts in (("single", 1), ("batch64", 64), ("sweep", 16))
+            for start, took in zip(starts, seconds, strict=True)
+        ]
+        made = summarize(Measurement("student", "s", samples))
+        for name, (low, high) in made.intervals.items():
+            value = getattr(made.latency_ms, name, None) or getattr(made, name)
+            assert low <= value <= high
+        return {name: (high - low) / high for name, (low, high) in made.intervals.items()}
+
+    steady, unsteady = widths(0.1), widths(1.0)
+    assert set(steady) == {"p50", "p95", "p99", "batch64_s", "texts_per_s", "cost_usd_per_million"}
+    assert all(unsteady[name] > steady[name] > 0 for name in steady)
+
+
+def test_the_interval_of_a_rate_covers_the_true_one_about_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(100):
+        seconds = rng.exponential(0.1, 40)
+        starts = np.concatenate([[0.0], np.cumsum(seconds)[:-1]])
+        found = cost.texts_per_s(
+            [sample("sweep", *pair, 1) for pair in zip(starts, 1000 * seconds, strict=True)], 0
+        )
+        covered += found.low <= 10.0 <= found.high
+    assert covered >= 85
+
+
+def test_answers_that_come_at_the_same_moment_make_no_interval_without_end():
+    # Four clients whose requests share passes of 1.0 s, then 1.2 s.
+    samples = [
+        sample("sweep", start, latency_ms, 16, concurrency=4)
+        for start, latency_ms in ((0.0, 1000.0), (1.0, 1200.0))
+        for _ in range(4)
+    ]
+    found = cost.texts_per_s(samples, 0)
+    assert found.value == pytest.approx(8 * 16 / 2.2)
+    assert 4 * 16 / 1.2 <= found.low < found.value < found.high <= 4 * 16 / 1.0
 
 
 def test_an_endpoint_that_answers_nothing_of_a_measure_has_no_summary():
-    measured = load.Measurement("teacher", "t", [sample("single", 0, 1, status=503)])
+    refused = Measurement("teacher", "t", [sample("single", 0, 1, status=503)])
     with pytest.raises(EndpointError, match=r"none of the 1 requests .* 'single' \(HTTP 503\)"):
-        cost.summarize(measured, 0.1)
+        summarize(refused)
 
 
-def test_accuracy_is_of_texts_with_gold_alone():
-    samples = [sample("sweep", 0, 1000, 4)]
-    measured = load.Measurement("student", "s", samples, {"a": "x", "b": "y", "c": "x", "d": "x"})
-    details = cost.details(measured, {"a": "x", "b": "x", "c": None, "d": "x", "e": "x"})
-    assert details["accuracy"] == pytest.approx(2 / 3)
-    assert details["accuracy_rows"] == 3
-    assert cost.details(measured, dict.fromkeys("abcd"))["accuracy"] is None
+def test_accuracy_is_of_texts_with_gold_that_every_endpoint_answered():
+    ours = measured(labels={"a": "x", "b": "y", "c": "x", "d": None, "f": "x"})
+    other = measured("peer", labels={"a": "x", "b": "x", "c": "x", "d": "x"})
+    gold = {"a": "x", "b": "x", "c": None, "d": "x", "e": "x", "f": "x"}
+    judged = cost.answered_by_all([ours, other], gold)
+    assert judged == {"a": "x", "b": "x", "c": None, "d": "x"}
+    accuracy = summarize(ours, gold=judged).accuracy
+    # Of a, b and d: one wrong, one abstained.
+    assert accuracy.value == pytest.approx(1 / 3)
+    assert accuracy.low <= accuracy.value <= accuracy.high
+    assert summarize(other, gold=judged).accuracy.value == 1.0
+    assert summarize(ours, gold=dict.fromkeys("abcd")).accuracy is None
+
+
+def test_arrivals_are_a_poisson_process_of_the_rate():
+    times = open_loop.arrivals(200.0, 50.0, seed=3)
+    gaps = np.diff(times)
+    assert len(times) == pytest.approx(200 * 50, rel=0.05)
+    assert times[-1] < 50.0
+    # Of exponential gaps, mean and standard deviation are equal.
+    assert gaps.mean() == pytest.approx(1 / 200, rel=0.05)
+    assert gaps.std() == pytest.approx(1 / 200, rel=0.05)
+    assert np.array_equal(times, open_loop.arrivals(200.0, 50.0, seed=3))
+    assert not np.array_equal(times[:9], open_loop.arrivals(200.0, 50.0, seed=4)[:9])
+    assert len(open_loop.arrivals(0.001, 1.0, seed=0)) == 1
+
+
+@pytest.mark.parametrize("capacity", [1.0, 7.3, 50.0, 4000.0])
+def test_the_search_ends_just_below_the_capacity(capacity):
+    tried = []
+
+    async def is_met_at(rate):
+        tried.append(rate)
+        return rate <= capacity
+
+    found = asyncio.run(open_loop.highest_rate(is_met_at, 20.0, tries=20))
+    assert capacity / 1.15 <= found <= capacity
+    assert len(tried) < 14
+    assert asyncio.run(open_loop.highest_rate(is_met_at, 20.0 * capacity, tries=2)) is None
+
+
+def test_a_refused_request_is_a_late_one():
+    bench = BenchSection(latency_target_ms=100.0, latency_percentile=90.0)
+    fast = [sample("open", row, 50.0) for row in range(18)]
+    late, refused = sample("open", 18, 101.0), sample("open", 19, 1.0, status=429)
+    assert open_loop.is_met([*fast, late, refused], bench)
+    assert not open_loop.is_met([*fast, late, refused, refused], bench)
 
 
 def test_each_text_is_sent_once_while_there_are_enough():
-    measures = load.plan(questions(300), BENCH)
+    measures = closed_loop.plan(questions(400), BENCH)
     sent = Counter(text for item in measures for request in item.requests for text in request)
     assert set(sent.values()) == {1}
     assert [item.name for item in measures] == ["warm-up", "single", "batch64", "sweep", "sweep"]
-    few = load.plan(["a", "b", "c"], BENCH)
+    few = closed_loop.plan(["a", "b", "c"], BENCH)
     assert {len(request) for request in few[2].requests} == {64}
-    assert load.plan(questions(300), BENCH) == measures
+    assert closed_loop.plan(questions(400), BENCH) == measures
 
 
 def test_the_machine_is_described():
@@ -127,21 +246,21 @@ def test_the_machine_is_described():
 @pytest.mark.slow
 def test_every_request_after_the_warm_up_is_a_sample(student_url):
     progress = []
-    measured = send(student_url, advance=progress.append)
-    assert measured.model == "student-test"
-    counts = Counter((s.measure, s.concurrency, s.texts, s.status) for s in measured.samples)
+    found = send(student_url, advance=progress.append)
+    assert found.model == "student-test"
+    counts = Counter((s.measure, s.concurrency, s.texts, s.status) for s in found.samples)
     assert counts == {
         ("single", 1, 1, 200): 6,
         ("batch64", 1, 64, 200): 2,
         ("sweep", 1, 7, 200): 5,
         ("sweep", 3, 7, 200): 5,
     }
-    assert sum(progress) == 2 + 6 + 2 * 64 + 2 * 5 * 7
-    assert all(s.latency_ms > 0 and s.start_s >= 0 for s in measured.samples)
-    assert cost.summarize(measured, 0.1).texts_per_s > 0
+    assert sum(progress) == 2 + 64 + 6 + 2 * 64 + 2 * 5 * 7
+    assert all(s.latency_ms > 0 and s.start_s >= 0 for s in found.samples)
+    assert summarize(found).texts_per_s > 0
     direct = httpx.post(f"{student_url}/v1/classify", json={"texts": questions(20)}, timeout=60)
     for text, prediction in zip(questions(20), direct.json()["predictions"], strict=True):
-        assert measured.labels[text] == prediction["label"]
+        assert found.labels[text] == prediction["label"]
 
 
 @pytest.mark.slow
@@ -156,23 +275,23 @@ def test_clients_of_a_sweep_really_send_at_once(student_url):
 
 @pytest.mark.slow
 def test_refused_requests_are_samples_with_their_status(student_url):
-    # The warm-up takes the last texts, so the first one is met in the measure batch64.
-    measured = send(student_url, texts=["x" * 301, *questions(299)])
-    refused = [s for s in measured.samples if s.status != 200]
+    # The first texts go to the measure batch64, and the warm-up has to do without this one.
+    found = send(student_url, texts=["x" * 301, *questions(299)])
+    refused = [s for s in found.samples if s.status != 200]
     assert [(s.measure, s.status) for s in refused] == [("batch64", 422)]
-    assert cost.summarize(measured, 0.1).batch64_s > 0
+    assert summarize(found).batch64_s > 0
 
 
 @pytest.mark.slow
 def test_a_student_where_a_teacher_was_expected_is_an_error(student_url):
     with pytest.raises(EndpointError, match="a teacher was expected there, this is a student"):
-        send(student_url, endpoint="teacher")
+        send(student_url, kind="teacher")
 
 
 @pytest.mark.slow
 def test_an_endpoint_that_takes_less_than_will_be_sent_is_an_error(student_url):
     with pytest.raises(EndpointError, match=r"takes 256 texts at once and 300 will be sent"):
-        send(student_url, bench=BenchSection(sweep_texts=300))
+        send(student_url, sweep_texts=300)
 
 
 def test_a_dead_endpoint_is_an_error_that_names_it():
@@ -187,6 +306,16 @@ def test_a_dead_endpoint_is_an_error_that_names_it():
 def test_what_is_no_url_is_an_error(url):
     with pytest.raises(EndpointError, match="cannot be reached"):
         send(url)
+
+
+@contextlib.contextmanager
+def serving(handler):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
 
 class _Other(http.server.BaseHTTPRequestHandler):
@@ -214,29 +343,24 @@ _CARD = (200, b'{"kind": "student", "name": "s", "max_texts": 256}')
 @pytest.mark.parametrize(
     ("card", "classify", "reason"),
     [
-        ((404, b""), None, "no endpoint of llkd_ray"),
+        ((404, b""), None, "no endpoint of the protocol 'llkd'"),
         ((401, b""), None, "token"),
         ((500, b"oops"), None, "HTTP 500"),
         ((200, b"<html>hello</html>"), None, "begins '<html>hello"),
-        ((200, b"\xff\xfe"), None, "no endpoint of llkd_ray"),
-        ((200, b"[]"), None, "no endpoint of llkd_ray"),
-        ((200, b"{}"), None, "no endpoint of llkd_ray"),
+        ((200, b"\xff\xfe"), None, "does not speak the protocol 'llkd'"),
+        ((200, b"[]"), None, "does not speak the protocol 'llkd'"),
+        ((200, b"{}"), None, "does not speak the protocol 'llkd'"),
         (_CARD, (503, b"busy"), "HTTP 503"),
-        (_CARD, (200, b'{"predictions": []}'), "no endpoint of llkd_ray"),
-        (_CARD, (200, b'{"predictions": [{}]}'), "no endpoint of llkd_ray"),
-        (_CARD, (200, b'{"predictions": [3]}'), "no endpoint of llkd_ray"),
+        (_CARD, (200, b'{"predictions": []}'), "does not speak the protocol 'llkd'"),
+        (_CARD, (200, b'{"predictions": [{}]}'), "does not speak the protocol 'llkd'"),
+        (_CARD, (200, b'{"predictions": [3]}'), "does not speak the protocol 'llkd'"),
     ],
 )
 def test_another_protocol_is_an_error(card, classify, reason):
     answers = {"/v1/model": card, "/v1/classify": classify or (404, b"")}
     handler = type("Handler", (_Other,), {"answers": answers})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            with pytest.raises(EndpointError, match=reason):
-                send(f"http://127.0.0.1:{server.server_port}")
-        finally:
-            server.shutdown()
+    with serving(handler) as url, pytest.raises(EndpointError, match=reason):
+        send(url)
 
 
 def test_an_endpoint_that_never_answers_is_an_error():
@@ -244,4 +368,151 @@ def test_an_endpoint_that_never_answers_is_an_error():
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         with pytest.raises(EndpointError, match=r"did not answer within 0\.5 s"):
-            send(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.5)
+            send(f"http://127.0.0.1:{silent.getsockname()[1]}", request_timeout_s=0.5)
+
+
+class _Speaks(http.server.BaseHTTPRequestHandler):
+    """A real server that labels each text by its first letter, after `before` has returned."""
+
+    protocol_version = "HTTP/1.1"
+    # One packet for head and body: the second of two would wait for a delayed acknowledgement.
+    wbufsize = 65_536
+    path_of = "/classify"
+    token: str | None = None
+
+    def before(self):
+        pass
+
+    def answer(self, body):
+        rows = [{"index": n, "label": text[0]} for n, text in enumerate(body["input"])]
+        return {"data": rows[::-1]}
+
+    def do_POST(self):
+        assert self.path == self.path_of
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.before()
+        content = json.dumps(self.answer(body)).encode()
+        self.send_response(200 if self.token in (None, self.headers["authorization"]) else 401)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+        self.wfile.flush()
+
+    def log_message(self, *_):
+        pass
+
+
+class _SpeaksLikeTEI(_Speaks):
+    path_of = "/predict"
+
+    def answer(self, body):
+        assert all(len(row) == 1 for row in body["inputs"])
+        return [
+            [{"label": "other", "score": 0.1}, {"label": row[0][0], "score": 0.9}]
+            for row in body["inputs"]
+        ]
+
+
+@pytest.mark.parametrize(("protocol", "handler"), [("vllm", _Speaks), ("tei", _SpeaksLikeTEI)])
+def test_other_endpoints_are_measured_in_their_own_protocol(protocol, handler):
+    with serving(handler) as url:
+        found = send(url, protocol=protocol)
+    assert len(found.labels) > 100
+    assert all(label == text[0] for text, label in found.labels.items())
+    assert {s.status for s in found.samples} == {200}
+    assert found.model == f"{protocol} at {url}"
+
+
+def test_a_protocol_that_an_endpoint_does_not_speak_is_an_error():
+    class Tei(_SpeaksLikeTEI):
+        path_of = "/classify"
+
+        def answer(self, body):
+            return super().answer({"inputs": [[text] for text in body["input"]]})
+
+    with serving(Tei) as url, pytest.raises(EndpointError, match="not speak the protocol 'vllm'"):
+        send(url, protocol="vllm")
+
+
+def test_another_endpoint_gets_its_own_token():
+    token = "sesame"  # noqa: S105
+    handler = type("Guarded", (_Speaks,), {"token": f"Bearer {token}"})
+    with serving(handler) as url:
+        with pytest.raises(EndpointError, match="it asks for a token"):
+            send(url, protocol="vllm")
+        target = Target("peer", url, "vllm", token=token)
+        found = measure(target, questions(300), BENCH)
+    assert {s.status for s in found.samples} == {200}
+    assert token not in repr(target)
+
+
+def test_an_open_loop_sees_a_stall_that_a_closed_one_hides():
+    gate = threading.Lock()
+
+    class Stalls(_Speaks):
+        requests = 0
+
+        def before(self):
+            with gate:
+                Stalls.requests += 1
+                # Once while one client waits, once among those that come at random.
+                time.sleep(0.5 if Stalls.requests in (20, 100) else 0.0)
+
+    single = {"single_requests": 50, "batch_requests": 1, "sweep_requests": 1}
+    calm = {"latency_target_ms": 60_000.0, "open_s": 1.5, "rates_per_s": (100.0,)}
+    with serving(Stalls) as url:
+        samples = send(url, protocol="vllm", **single, **calm).samples
+    alone = [s for s in samples if s.measure == "single"]
+    offered = [s for s in samples if s.measure == "open"]
+    # A busy machine may add a stall or two of its own.
+    assert 1 <= sum(s.latency_ms > 250 for s in alone) <= 3
+    # Half a second at 100 a second; those of its first quarter waited more than as long.
+    assert sum(s.latency_ms > 250 for s in offered) >= 15
+    assert all(s.sent_s >= s.start_s for s in offered)
+    assert {s.rate_per_s for s in offered} == {100.0}
+
+
+def test_the_highest_rate_is_what_an_endpoint_can_do():
+    gate = threading.Lock()
+
+    class OneAtATime(_Speaks):
+        def before(self):
+            with gate:
+                time.sleep(0.02)
+
+    few = {"single_requests": 5, "batch_requests": 1, "sweep_requests": 1}
+    bench = {"latency_target_ms": 300.0, "open_s": 1.5, "search_tries": 6}
+    with serving(OneAtATime) as url:
+        found = send(url, protocol="vllm", **few, **bench)
+    assert 15 < found.max_rate_per_s <= 55
+    made = summarize(found, bench=BENCH.model_copy(update=bench))
+    rates = [offered.rate_per_s for offered in made.open_loop]
+    assert rates == sorted(rates)
+    assert made.max_rate_per_s == max(o.rate_per_s for o in made.open_loop if o.met)
+    assert any(not offered.met for offered in made.open_loop)
+
+
+def test_a_connection_that_breaks_is_a_failed_request():
+    class Breaks(_Speaks):
+        requests = 0
+
+        def before(self):
+            Breaks.requests += 1
+            if Breaks.requests == 5:  # The warm-up has three.
+                raise ConnectionAbortedError
+
+    Breaks.do_POST = _quietly(_Speaks.do_POST)
+    with serving(Breaks) as url:
+        found = send(url, protocol="vllm")
+    assert [s.status for s in found.samples].count(0) == 1
+    assert summarize(found).failed == 1
+
+
+def _quietly(handle):
+    def do_post(self):
+        try:
+            handle(self)
+        except ConnectionAbortedError:
+            self.close_connection = True
+
+    return do_post

@@ -41,6 +41,8 @@ def test_the_experiments_own_rule_keeps_its_settings() -> None:
         ("selection.teacher_decya=0.1", "did you mean selection.teacher_decay?"),
         ("selection.rule=llkdd", "selection"),
         ("train.epochs=0", "train.epochs = 0: input should be greater than 0"),
+        ('bench.targets=["student"]', "targets must have teacher and student"),
+        ('bench.others=[{name="student",url="http://x"}]', "'student' names two endpoints"),
         ("train.epochs=many", "train.epochs = 'many'"),
         ("teacher.actors.min=3", "teacher.actors: min = 3 is above max = 1"),
         ("train.epochs", "write section.key=value"),

@@ -291,17 +291,22 @@ def matmul_flops_per_s(experiment: Experiment) -> float:
 
 
 def model_flops_per_row(opening: Any, uncached_tokens: float, prompt_tokens: float) -> float:
-    """Count the multiplications and additions that a row needs.
-
-    Two for every weight of the layers and every uncached token; scores and values of attention,
-    each over the whole prompt; the output layer for the last token alone.
-    """
+    """Count the multiplications and additions that a row needs in the teacher of an opening."""
     from transformers import AutoConfig
 
     from llkd_ray.teacher.pretrained import teacher_folder
 
     folder = teacher_folder(opening.teacher.model, opening.cache)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return flops_per_row(config, uncached_tokens, prompt_tokens)
+
+
+def flops_per_row(config: Any, uncached_tokens: float, prompt_tokens: float) -> float:
+    """Count the multiplications and additions that a row needs in a Llama of a configuration.
+
+    Two for every weight of the layers and every uncached token; scores and values of attention,
+    each over the whole prompt; the output layer for the last token alone.
+    """
     hidden, head = config.hidden_size, config.hidden_size // config.num_attention_heads
     attention = hidden * (2 * hidden + 2 * head * config.num_key_value_heads)
     weights = config.num_hidden_layers * (attention + 3 * hidden * config.intermediate_size)

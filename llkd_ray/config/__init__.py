@@ -2,7 +2,14 @@
 
 from llkd_ray.config.cascade import CascadeSection
 from llkd_ray.config.compare import CompareSection
-from llkd_ray.config.endpoint import BenchSection, RaySection, ServeSection
+from llkd_ray.config.endpoint import (
+    BenchSection,
+    OtherEndpoint,
+    ProtocolName,
+    RaySection,
+    ServeSection,
+    ServeTarget,
+)
 from llkd_ray.config.experiment import Experiment, load_experiment, with_overrides
 from llkd_ray.config.section import as_tree
 from llkd_ray.config.selection import (
@@ -70,12 +77,15 @@ __all__ = [
     "JointRule",
     "LLKDRule",
     "Label",
+    "OtherEndpoint",
     "PromptSection",
+    "ProtocolName",
     "RandomRule",
     "RaySection",
     "Rule",
     "ScriptedTeacher",
     "ServeSection",
+    "ServeTarget",
     "ShotsSection",
     "StaticStudent",
     "StoppingSection",

@@ -2,16 +2,21 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator
 
-from llkd_ray.config.section import Section
+from llkd_ray.config.section import Name, Section
+
+ServeTarget = Literal["student", "teacher", "cascade"]
+"""What an experiment can serve."""
+ProtocolName = Literal["llkd", "vllm", "tei"]
+"""Ours (POST /v1/classify), vLLM's (/classify), text-embeddings-inference's (/predict)."""
 
 
 class ServeSection(Section):
     """The endpoint."""
 
-    target: Literal["student", "teacher", "cascade"] = "student"
+    target: ServeTarget = "student"
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """0 takes a free port."""
@@ -85,29 +90,78 @@ class ServeSection(Section):
         return self
 
 
+class OtherEndpoint(Section):
+    """An endpoint that serves already, to be measured beside the experiment's own."""
+
+    name: Name
+    url: str
+    protocol: ProtocolName = "llkd"
+    token_env: str | None = None
+    """Name of the environment variable with the bearer token that it asks for."""
+    usd_per_hour: PositiveFloat = 0.10
+    """Price of the machine that serves it."""
+
+
 class BenchSection(Section):
     """What is measured against the endpoints, from outside."""
 
+    targets: tuple[ServeTarget, ...] = ("teacher", "student")
+    """Which of the experiment's own are measured; teacher and student must be among them."""
+    others: tuple[OtherEndpoint, ...] = ()
     student_url: str | None = None
     """A student that already serves; without it the job deploys one and takes it down."""
     teacher_url: str | None = None
     """A teacher that already serves; likewise."""
     warmup_requests: PositiveInt = 4
+    """Requests of one text each; one of 64 follows them."""
     single_requests: PositiveInt = 50
     """Requests of one text each, one after the other."""
-    batch_requests: PositiveInt = 3
+    batch_requests: PositiveInt = 5
     """Requests of 64 texts each, one after the other."""
     concurrency: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 4)
     """Clients at once, each sending one request of `sweep_texts` texts after the other."""
-    sweep_requests: PositiveInt = 6
+    sweep_requests: PositiveInt = 12
     """Requests at each concurrency."""
     sweep_texts: PositiveInt = 16
+    latency_target_ms: PositiveFloat = 500.0
+    """The open loop searches for the highest rate of requests of one text, coming at random, of
+    which `latency_percentile` per cent are answered within this time."""
+    latency_percentile: Annotated[float, Field(gt=0.0, lt=100.0)] = 95.0
+    open_s: PositiveFloat = 4.0
+    """For how long requests come at each rate that is tried."""
+    search_tries: NonNegativeInt = 6
+    """Rates that the search tries at most; 0 leaves it out."""
+    rates_per_s: tuple[PositiveFloat, ...] = ()
+    """Rates that the open loop measures besides, such as that of your own traffic."""
+    seed: int = 0
+    """Of the arrivals and of the bootstrap."""
     request_timeout_s: PositiveFloat = 120.0
     """The job stops when one request takes longer."""
     student_usd_per_hour: PositiveFloat = 0.10
     """Price of the machine that serves the student."""
     teacher_usd_per_hour: PositiveFloat = 0.10
     """Price of the machine that serves the teacher."""
+
+    def url_of(self, target: ServeTarget) -> str | None:
+        """Return where one of our own serves already, None where it has to be deployed."""
+        return {"student": self.student_url, "teacher": self.teacher_url}.get(target)
+
+    def usd_per_hour_of(self, name: str) -> float:
+        """Return the price of an endpoint's machine; whatever holds the teacher costs the same."""
+        if name == "student":
+            return self.student_usd_per_hour
+        prices = {other.name: other.usd_per_hour for other in self.others}
+        return prices.get(name, self.teacher_usd_per_hour)
+
+    @validator(mode="after")
+    def _endpoints_are_told_apart(self) -> "BenchSection":
+        names = [*self.targets, *(other.name for other in self.others)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{twice[0]!r} names two endpoints of targets and others")
+        if not {"teacher", "student"} <= set(self.targets):
+            raise ValueError("targets must have teacher and student, which are compared")
+        return self
 
 
 class RaySection(Section):

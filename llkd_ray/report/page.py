@@ -135,16 +135,24 @@ def draw(run: RunTables) -> dict[str, Plot]:
             "least sure of first.",
         )
     if run.bench is not None:
+        bench = run.bench.summary
         drawn["latency"] = Plot(
-            plots.latency(run.bench.summary),
+            plots.latency(bench),
             "Latency",
             "Milliseconds of a request with one text, one client, as the client sees it.",
         )
         drawn["cost"] = Plot(
-            plots.cost(run.bench.summary),
+            plots.cost(bench),
             "Speed and cost",
-            "Teacher and student side by side, measured in the same run.",
+            "Side by side, measured in the same run; lines are 95 % intervals.",
         )
+        if any(offered.latency_ms for end in bench.endpoints.values() for offered in end.open_loop):
+            drawn["rates"] = Plot(
+                plots.rates(bench),
+                "Latency under load",
+                "Requests of one text that come at random, at a rate; latency counts from when "
+                "they were meant to be sent. Hollow: the target was missed.",
+            )
     return drawn
 
 

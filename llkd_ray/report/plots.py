@@ -243,23 +243,59 @@ def latency(bench: BenchSummary) -> Figure:
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
     levels = ("p50", "p95", "p99")
-    for shift, name, color in ((-0.2, "teacher", TEACHER), (0.2, "student", STUDENT)):
-        measured = getattr(bench, name).latency_ms
-        values = [getattr(measured, level) for level in levels]
-        bars = axes.bar(np.arange(3) + shift, values, 0.38, color=color, label=name)
+    width = 0.8 / len(bench.endpoints)
+    for position, (name, end) in enumerate(bench.endpoints.items()):
+        values = [getattr(end.latency_ms, level) for level in levels]
+        shift = (position + 0.5) * width - 0.4
+        color = _endpoint_color(position)
+        bars = axes.bar(np.arange(3) + shift, values, 0.95 * width, color=color, label=_short(name))
         axes.bar_label(bars, [readable(value) for value in values], padding=2, fontsize=9)
     axes.set_xticks(range(3), ["median", "95th percentile", "99th percentile"])
     axes.set_ylabel("latency (ms, log scale)")
     _log_axis(axes)
     axes.grid(visible=False, axis="x")
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+@styled
+def rates(bench: BenchSummary) -> Figure:
+    """Draw latency against the rate at which requests come, on log scales."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for position, (name, end) in enumerate(bench.endpoints.items()):
+        points = [(at, at.latency_ms) for at in end.open_loop]
+        color, marker = _endpoint_color(position), MARKERS[position % len(MARKERS)]
+        for level, style in (("p50", ":"), ("p95", "-")):
+            drawn = [(at, getattr(found, level)) for at, found in points if found is not None]
+            axes.plot(
+                [at.rate_per_s for at, _ in drawn],
+                [value for _, value in drawn],
+                color=color,
+                ls=style,
+                label=f"{_short(name)}, {level}",
+            )
+            for at, value in drawn:
+                face = color if at.met else "none"
+                axes.plot(at.rate_per_s, value, marker, color=color, markerfacecolor=face)
+    axes.axhline(bench.latency_target_ms, color=INK, alpha=0.45, lw=1, ls="--")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,.7g}"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("requests per second (log scale)")
+    axes.set_ylabel("latency (ms, log scale)")
+    figure.legend(loc="outside lower center", ncols=4)
     return figure
 
 
 @styled
 def cost(bench: BenchSummary) -> Figure:
-    """Draw seconds per 64 texts, throughput and cost of both endpoints, on log scales."""
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    """Draw seconds per 64 texts, throughput and cost of each endpoint, on log scales."""
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    ends = bench.endpoints
+    colors = [_endpoint_color(position) for position in range(len(ends))]
     for axes, title, unit, key in zip(
         figure.subplots(1, 3),
         ("64 texts", "Throughput", "A million texts"),
@@ -267,10 +303,19 @@ def cost(bench: BenchSummary) -> Figure:
         ("batch64_s", "texts_per_s", "cost_usd_per_million"),
         strict=True,
     ):
-        values = [getattr(bench.teacher, key), getattr(bench.student, key)]
-        bars = axes.bar([0, 1], values, 0.6, color=[TEACHER, STUDENT])
-        axes.bar_label(bars, [readable(value) for value in values], padding=2, fontsize=9)
-        axes.set_xticks([0, 1], ["teacher", "student"])
+        values = np.array([getattr(end, key) for end in ends.values()])
+        bounds = [end.intervals.get(key, (np.nan, np.nan)) for end in ends.values()]
+        bars = axes.bar(range(len(ends)), values, 0.6, color=colors)
+        axes.vlines(range(len(ends)), *np.array(bounds).T, color=INK, lw=1.2)
+        above = np.fmax(values, np.array(bounds)[:, 1])
+        for bar, top, value in zip(bars, above, values, strict=True):
+            middle = bar.get_x() + bar.get_width() / 2
+            axes.annotate(
+                readable(value), (middle, top), (0, 2), textcoords="offset points", ha="center",
+                va="bottom", fontsize=9,
+            )  # fmt: skip
+        names = [_short(name) for name in ends]
+        axes.set_xticks(range(len(ends)), names, rotation=0 if len(ends) < 3 else 30)
         axes.set_title(title)
         axes.set_ylabel(unit)
         _log_axis(axes)
@@ -332,6 +377,12 @@ def cascade(curve: pa.Table, summary: CascadeSummary) -> Figure:
 def _percent() -> FuncFormatter:
     """Return a formatter of shares that writes 60% and 62.5%, not 60.0% and 62%."""
     return FuncFormatter(lambda share, _position: f"{100 * share:.4g}%")
+
+
+def _endpoint_color(position: int) -> str:
+    """Return the colour of an endpoint: the teacher's, the student's, then those of the others."""
+    others = [color for color in SERIES if color not in (TEACHER, STUDENT)]
+    return (TEACHER, STUDENT, *others)[position % len(SERIES)]
 
 
 def _log_axis(axes: Axes) -> None:

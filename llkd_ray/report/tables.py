@@ -1,6 +1,5 @@
 """What the artifacts of a run hold, read once for the summary, the plots and the page."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,10 +94,6 @@ class BenchTables:
     """The endpoints, measured from outside."""
 
     summary: BenchSummary
-    requests: dict[str, int]
-    """Requests sent after the warm-up, by endpoint."""
-    failed: dict[str, int]
-    """Of these, answers other than HTTP 200."""
     machine: dict[str, Any]
 
 
@@ -302,15 +297,7 @@ def _cascade(cascade: Artifact) -> CascadeTables:
 
 
 def _bench(bench: Artifact) -> BenchTables:
-    samples = pq.read_table(bench.path / "samples.parquet", columns=["endpoint", "status"])
-    endpoints = samples["endpoint"].to_pylist()
-    statuses = samples["status"].to_pylist()
-    requests = {name: endpoints.count(name) for name in ("teacher", "student")}
-    pairs = list(zip(endpoints, statuses, strict=True))
-    answered = {name: pairs.count((name, 200)) for name in requests}
     return BenchTables(
-        summary=BenchSummary.model_validate(json.loads((bench.path / "bench.json").read_bytes())),
-        requests=requests,
-        failed={name: requests[name] - answered[name] for name in requests},
+        summary=BenchSummary.model_validate_json((bench.path / "bench.json").read_bytes()),
         machine=dict(bench.manifest().details.get("machine", {})),
     )
