@@ -3,6 +3,7 @@
 from llkd_ray.config.compare import CompareSection
 from llkd_ray.config.endpoint import BenchSection, RaySection, ServeSection
 from llkd_ray.config.experiment import Experiment, load_experiment, with_overrides
+from llkd_ray.config.guide import ChecksSection, GuideSection, SamplingSection, ShownSection
 from llkd_ray.config.section import as_tree
 from llkd_ray.config.selection import (
     RULES,
@@ -51,6 +52,7 @@ __all__ = [
     "AllRule",
     "BenchSection",
     "CalibrationSection",
+    "ChecksSection",
     "CompareSection",
     "ConfidentLearningRule",
     "CorpusSection",
@@ -64,6 +66,7 @@ __all__ = [
     "FlexMatchRule",
     "FreeMatchRule",
     "GoldRule",
+    "GuideSection",
     "HTTPTeacher",
     "JointRule",
     "LLKDRule",
@@ -72,9 +75,11 @@ __all__ = [
     "RandomRule",
     "RaySection",
     "Rule",
+    "SamplingSection",
     "ScriptedTeacher",
     "ServeSection",
     "ShotsSection",
+    "ShownSection",
     "StaticStudent",
     "StoppingSection",
     "StudentOnlyRule",
