@@ -101,7 +101,8 @@ def render(
 ) -> str:
     """Put a report into words for the prompt, the most important lines of it that fit.
 
-    The totals come first, then in turn the weakest class and the commonest confusion.
+    The totals come first, then in turn the weakest class and the commonest confusion. Nothing is
+    said of a class without a validation row.
 
     Args:
         report: Of the student.
@@ -113,7 +114,7 @@ def render(
         f"A classifier of these texts: accuracy {report.accuracy:.2f}, "
         f"precision {report.precision:.2f}, recall {report.recall:.2f}, F1 {report.f1:.2f}."
     )
-    weakest = sorted(report.classes, key=lambda of_class: of_class.f1)
+    weakest = sorted((of for of in report.classes if of.rows), key=lambda of: of.f1)
     classes = [
         f"{words[of.label]}: precision {of.precision:.2f}, recall {of.recall:.2f}, F1 {of.f1:.2f}."
         for of in weakest

@@ -43,7 +43,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
     """One model's answers to the gold test rows, in the order of the shards."""
 
     gold: Ints
@@ -104,7 +104,7 @@ def score_models(
             for name, answers in models.items()
         }
     scores = {
-        name: _score(outcome, len(label_names), section, seed) for name, outcome in outcomes.items()
+        name: score(outcome, len(label_names), section, seed) for name, outcome in outcomes.items()
     }
     _write_json(out / "scores.json", {name: score.model_dump() for name, score in scores.items()})
     return Scored(rows, scores)
@@ -159,7 +159,7 @@ def _collect(
     gold: Mapping[str, int],
     label_names: Sequence[str],
     writer: pq.ParquetWriter,
-) -> _Outcome:
+) -> Outcome:
     """Write one model's predictions and keep what scoring needs."""
     num_classes = len(label_names)
     parts = []
@@ -183,12 +183,13 @@ def _collect(
                 schema=schema.predictions(num_classes),
             )
         )
-    return _Outcome(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return Outcome(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _score(
-    outcome: _Outcome, num_classes: int, section: EvaluateSection, seed: int
+def score(
+    outcome: Outcome, num_classes: int, section: EvaluateSection, seed: int
 ) -> schema.ModelScore:
+    """Score one model's answers, with bootstrap intervals."""
     gold, predicted, confidence = outcome.gold, outcome.predicted, outcome.confidence
     bins = section.calibration_bins
 

@@ -1,0 +1,200 @@
+"""Rounds: seed, prompts, early stopping, and a job that is killed while the teacher writes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from conftest import QUICKSTART, ROOT, Run, command
+
+from llkd_ray import schema
+from llkd_ray.artifacts import make
+from llkd_ray.config import Label, load_experiment
+from llkd_ray.corpus import prepare
+from llkd_ray.errors import ConfigError, TeacherError
+from llkd_ray.guided.lessons import opening_of
+from llkd_ray.guided.prompt import writing_prompt
+from llkd_ray.guided.rounds import best_of, is_over, make_seed
+from llkd_ray.guided.seed import TRAIN, VALIDATION, read_seed
+from llkd_ray.guided.shown import Shown
+from llkd_ray.guided.write import Round
+from llkd_ray.lineage import Lineage
+
+SHOWN = Shown(correct=("What is it ?", "Why ?"), wrong=("Is it he ?",), hard=("Who ?", "He ?"))
+
+
+def words(text):
+    return len(text.split())
+
+
+@pytest.fixture(scope="module")
+def task():
+    return load_experiment(QUICKSTART).task
+
+
+def prompt_of(task, *, room, report="accuracy 0.50"):
+    label = Label(name="person", words="human being", description="who")
+    return writing_prompt(task, label, report, SHOWN, room=room, count=words)
+
+
+def test_a_prompt_ends_where_the_next_text_of_its_label_begins(task):
+    prompt = prompt_of(task, room=1000)
+    assert prompt.endswith('"human being" (who), each in one line.\nQuestion:')
+    assert prompt.startswith(task.instruction.strip() + "\n\naccuracy 0.50\n\n")
+    order = [prompt.index(f"Question: {text}\n") for text in ("Why ?", "Is it he ?", "Who ?")]
+    assert order == sorted(order)
+
+
+def test_a_prompt_leaves_out_the_rows_that_do_not_fit_the_correct_ones_first(task):
+    whole = prompt_of(task, room=1000)
+    shorter = prompt_of(task, room=words(whole) - 1)
+    assert "What is it ?" not in shorter
+    assert "Why ?" in shorter
+    least = prompt_of(task, room=words(whole) - 30)
+    assert words(least) <= words(whole) - 30
+    assert "Why ?" not in least
+    with pytest.raises(TeacherError, match=r"'person' takes \d+ of 20 tokens before any row"):
+        prompt_of(task, room=20)
+
+
+def test_rounds_end_when_the_loss_has_not_fallen_for_the_patience():
+    rounds = [{"loss": loss} for loss in (0.9, 0.7, 0.8, 0.7)]
+    assert [is_over(rounds[:n], 2) for n in (1, 2, 3, 4)] == [False, False, False, True]
+    assert best_of(rounds) == 1
+
+
+def test_a_sample_has_its_own_seed_whoever_draws_it():
+    of = Round(2, seed=7)
+    ids = {of.sample_id(label, index) for label in range(6) for index in range(100)}
+    assert len({of.seed_of(id_) for id_ in ids}) == len(ids) == 600
+    assert of.seed_of("002-0001-00003") == Round(2, seed=7).seed_of("002-0001-00003")
+    assert of.seed_of("002-0001-00003") != Round(2, seed=8).seed_of("002-0001-00003")
+    assert all(0 <= of.seed_of(id_) < 2**31 for id_ in ids)
+
+
+def prepared(run: Run, *more: str) -> Lineage:
+    lineage = Lineage(load_experiment(QUICKSTART, [*run.overrides, *more]))
+    with make(lineage.corpus) as draft:
+        experiment = lineage.experiment
+        draft.rows = prepare(experiment.corpus, experiment.task, draft.folder).rows
+    return lineage
+
+
+def test_the_seed_is_gold_and_its_parts_are_disjoint_and_hold_the_examples(run):
+    lineage = prepared(run, "guide.seed_rows=100")
+    make_seed(lineage)
+    task = lineage.experiment.task
+    train, validation = (
+        read_seed(lineage.seed.path, [part], task.label_names) for part in (TRAIN, VALIDATION)
+    )
+    assert (len(train.texts), len(validation.texts)) == (80, 20)
+    assert not set(train.texts) & set(validation.texts)
+    assert {example.text for example in task.examples} <= set(train.texts)
+    rows = pq.read_table(lineage.seed.path / TRAIN).to_pylist()
+    assert all(row["label"] == row["gold"] and row["confidence"] == 1.0 for row in rows)
+
+
+def test_what_a_seed_needs_is_said_in_one_line(run):
+    lineage = prepared(run, "guide.seed_rows=9000")
+    with pytest.raises(ConfigError, match=r"guide\.seed_rows = 9000: beside 20 task\.examples"):
+        make_seed(lineage)
+
+
+def test_only_a_teacher_on_the_cluster_writes(run):
+    lineage = prepared(run, "guide.seed_rows=100", "teacher.kind=scripted")
+    make_seed(lineage)
+    seed = read_seed(lineage.seed.path, [TRAIN], lineage.experiment.task.label_names)
+    with pytest.raises(ConfigError, match=r"set teacher\.kind = 'vllm'"):
+        opening_of(lineage.experiment, seed)
+
+
+def test_another_setting_makes_other_rounds_and_more_rounds_keep_those_there(run):
+    lineage = Lineage(run.experiment)
+
+    def changed(override: str) -> Lineage:
+        return Lineage(load_experiment(QUICKSTART, [*run.overrides, override]))
+
+    assert changed("guide.rounds=9").round(3).path == lineage.round(3).path
+    assert changed("guide.rounds=9").guided.path != lineage.guided.path
+    assert changed("guide.samples=9").lessons(1).path != lineage.lessons(1).path
+    assert changed("guide.samples=9").round(0).path == lineage.round(0).path
+    assert changed("guide.checks.near=0.8").round(2).path != lineage.round(2).path
+    assert lineage.round(20).path != lineage.round(19).path
+
+
+@pytest.mark.slow
+def test_a_round_that_is_killed_ends_with_the_same_rows_and_scores_as_an_unbroken_one(
+    tmp_path, small_encoder
+):
+    overrides = (
+        "corpus.validation_fraction=0.02",
+        "corpus.test_fraction=0.02",
+        "evaluate.bootstrap_resamples=100",
+        *("guide.seed_rows=60", "guide.rounds=1", "guide.samples=24"),
+        *("guide.samples_per_prompt=4", "guide.checks.min_confidence=0.3"),
+        *(f"student.model={small_encoder}", "student.max_length=64", "train.epochs=2"),
+        *("train.num_workers=1", "teacher.actors.batches_in_flight=1"),
+    )
+    broken = Run((f"runs={tmp_path / 'broken'}", *overrides))
+    assert broken.job("prepare").returncode == 0
+    lessons = broken.lineage.lessons(1)
+    with subprocess.Popen(
+        command("guide", str(QUICKSTART), *broken.overrides),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as killed:
+        deadline = time.monotonic() + 300
+        while not (parts := list((lessons.making / "parts").glob("[0-9]*.parquet"))):
+            assert killed.poll() is None, "the job ended before it was killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(killed.pid, signal.SIGKILL)
+    assert len(parts) < 6
+    assert not lessons.made
+    time.sleep(3)  # What Ray had under way may still land.
+    there = {path: path.stat().st_mtime_ns for path in (lessons.making / "parts").glob("[0-9]*")}
+    # The unbroken run begins from the same seed student, which takes no part in this.
+    run = broken.lineage.run
+    unbroken = Run((f"runs={tmp_path / 'unbroken'}", *overrides))
+    for made in (broken.lineage.corpus, broken.lineage.seed, broken.lineage.round(0)):
+        shutil.copytree(made.path, unbroken.lineage.run / made.path.relative_to(run))
+
+    for of in (broken, unbroken):
+        done = of.job("guide")
+        assert done.returncode == 0, done.stderr
+    assert there, "nothing was written before the kill"
+
+    ours, other = (
+        pq.read_table(of.lineage.lessons(1).path / "samples.parquet").drop_columns(
+            ["cached_tokens", "readout_cached_tokens"]
+        )
+        for of in (broken, unbroken)
+    )
+    texts = [table.select(["sample_id", "text", "dropped"]).to_pylist() for table in (ours, other)]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 24
+    scores = [
+        json.loads((of.lineage.guided.path / "rounds.json").read_text())
+        for of in (broken, unbroken)
+    ]
+    for rounds in zip(*scores, strict=True):
+        assert rounds[0]["loss"] == pytest.approx(rounds[1]["loss"], abs=1e-4)
+        assert rounds[0]["test"] == rounds[1]["test"]
+
+    made = broken.lineage.lessons(1)
+    prompts = pq.read_table(made.path / "prompts.parquet")
+    assert set(ours.column("prompt_id").to_pylist()) == set(prompts["prompt_id"].to_pylist())
+    kept = pq.read_table(made.path / "unlabeled")
+    assert kept.schema.names == schema.labels(6).names
+    assert len(kept) == pc.sum(pc.is_null(ours.column("dropped"))).as_py()
+    assert made.manifest().rows.kept == len(kept)
+    assert "written by a language model, round 1" in (made.path / "README.md").read_text()
+    model = broken.lineage.guided.path / "model"
+    assert "40 texts" not in (model / "README.md").read_text()
+    assert "labelled by people" in (model / "README.md").read_text()
