@@ -90,7 +90,7 @@ def test_a_row_that_was_kept_is_not_kept_again_and_a_dropped_one_does_not_count(
         ("", "no text"),
         ("Who", "too short"),
         ("Who was it that " * 5, "too long"),
-        ("Who was the mán ?", "characters that are foreign to the seed"),
+        ("Who was \U0001f600 then ?", "characters that are foreign to the seed"),
         ("Кто это был ?", "characters that are foreign to the seed"),
         ("who was who was who was who was who", "words over and over"),
         ("Who was it Question: who", "a part of the prompt"),
@@ -99,6 +99,11 @@ def test_a_row_that_was_kept_is_not_kept_again_and_a_dropped_one_does_not_count(
 def test_a_text_without_the_form_of_the_seed_is_dropped(text, reason):
     seed = ["Who was the man with a golden gun: he ?", "What quiet bell labels Q ?"]
     assert checks_of(seed).reason_against(sample(text)) == reason
+
+
+def test_accents_and_signs_of_the_same_script_are_not_foreign():
+    checks = checks_of(["Who was the man with a golden gun ?"])
+    assert checks.reason_against(sample("Was it “Señor” Q & 5 % ?")) is None
 
 
 def test_the_teacher_and_the_student_have_their_say():

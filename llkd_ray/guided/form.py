@@ -3,6 +3,7 @@
 Source: the noise and length filters of SELF-GUIDE, arXiv 2407.12874, in our reading.
 """
 
+import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from llkd_ray.config import ChecksSection
 
 # Of a text of so many words, fewer than half distinct ones are the mark of a model in a loop.
 _LOOP_WORDS, _LEAST_DISTINCT = 8, 0.5
+# Numbers, punctuation and spaces of any kind, by Unicode category: no sign of another language.
+_PLAIN = frozenset("NPZ")
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,8 @@ class Form:
 
     words: tuple[int, int]
     """Of the shortest and the longest text, scaled."""
-    alphabet: frozenset[str]
-    """Characters, without case; a digit stands for all of them."""
+    kinds: frozenset[str]
+    """Of its characters: scripts, such as LATIN, and kinds of signs."""
     prompt_parts: tuple[str, ...]
     """What only a prompt says."""
     noise: bool
@@ -41,7 +44,7 @@ class Form:
         joined = "\n".join(texts)
         return cls(
             words=(max(1, round(min(lengths) * shorter)), round(max(lengths) * longer)),
-            alphabet=_alphabet(joined) | set(" 0"),
+            kinds=_kinds(joined) | _PLAIN,
             prompt_parts=tuple(part for part in prompt_parts if part and part not in joined),
             noise=section.noise,
         )
@@ -55,7 +58,7 @@ class Form:
             return "too long"
         if not self.noise:
             return None
-        if _alphabet(text) - self.alphabet:
+        if _kinds(text) - self.kinds:
             return "characters that are foreign to the seed"
         distinct = {word.casefold() for word in words}
         if len(words) >= _LOOP_WORDS and len(distinct) < _LEAST_DISTINCT * len(words):
@@ -65,5 +68,16 @@ class Form:
         return None
 
 
-def _alphabet(text: str) -> frozenset[str]:
-    return frozenset("0" if letter.isdigit() else letter for letter in text.casefold())
+def _kinds(text: str) -> frozenset[str]:
+    """Return the scripts of a text's letters, and the Unicode categories of its other signs.
+
+    ASCII's symbols count as punctuation: a small seed does not hold all of them.
+    """
+    return frozenset(
+        unicodedata.name(sign, "?").split()[0]
+        if sign.isalpha()
+        else "P"
+        if "!" <= sign <= "~"
+        else unicodedata.category(sign)[0]
+        for sign in set(text)
+    )
