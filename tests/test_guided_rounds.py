@@ -6,24 +6,26 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import asdict
 
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from conftest import QUICKSTART, ROOT, Run, command
 
 from llkd_ray import schema
-from llkd_ray.artifacts import make
+from llkd_ray.artifacts import Rows, make
 from llkd_ray.config import Label, load_experiment
 from llkd_ray.corpus import prepare
 from llkd_ray.errors import ConfigError, TeacherError
+from llkd_ray.guided.asking import report_of
 from llkd_ray.guided.lessons import opening_of
 from llkd_ray.guided.prompt import writing_prompt
-from llkd_ray.guided.rounds import best_of, is_over, make_seed
+from llkd_ray.guided.rounds import best_of, is_over, make_lessons, make_seed
 from llkd_ray.guided.seed import TRAIN, VALIDATION, read_seed
 from llkd_ray.guided.shown import Shown
 from llkd_ray.guided.write import Round
 from llkd_ray.lineage import Lineage
+from llkd_ray.student.model import load_tokenizer, load_untrained, locate
 
 SHOWN = Shown(correct=("What is it ?", "Why ?"), wrong=("Is it he ?",), hard=("Who ?", "He ?"))
 
@@ -127,10 +129,22 @@ def test_another_setting_makes_other_rounds_and_more_rounds_keep_those_there(run
     assert lineage.round(20).path != lineage.round(19).path
 
 
+def with_untrained_student(lineage: Lineage) -> None:
+    """Make seed and round 0, whose student has learned nothing: no training, and much to say."""
+    make_seed(lineage)
+    experiment = lineage.experiment
+    with make(lineage.round(0)) as draft:
+        model = load_untrained(experiment.student, experiment.task.label_names, seed=0)
+        model.save_pretrained(draft.folder / "model")
+        load_tokenizer(locate(experiment.student.model)).save_pretrained(draft.folder / "model")
+        report, _ = report_of(draft.folder / "model", lineage.seed.path, experiment)
+        (draft.folder / "report.json").write_text(json.dumps(asdict(report)))
+        draft.rows = Rows(taken=48, kept=48, rejected=0)
+
+
 @pytest.mark.slow
-def test_a_round_that_is_killed_ends_with_the_same_rows_and_scores_as_an_unbroken_one(
-    tmp_path, small_encoder
-):
+@pytest.mark.usefixtures("ray_local")
+def test_a_round_that_is_killed_ends_with_the_rows_of_an_unbroken_one(tmp_path, small_encoder):
     overrides = (
         "corpus.validation_fraction=0.02",
         "corpus.test_fraction=0.02",
@@ -140,60 +154,52 @@ def test_a_round_that_is_killed_ends_with_the_same_rows_and_scores_as_an_unbroke
         *(f"student.model={small_encoder}", "student.max_length=64", "train.epochs=2"),
         *("train.num_workers=1", "teacher.actors.batches_in_flight=1"),
     )
-    broken = Run((f"runs={tmp_path / 'broken'}", *overrides))
-    assert broken.job("prepare").returncode == 0
-    lessons = broken.lineage.lessons(1)
+    run = Run((f"runs={tmp_path / 'broken'}", *overrides))
+    broken = prepared(run)
+    with_untrained_student(broken)
+    unbroken = Lineage(load_experiment(QUICKSTART, [f"runs={tmp_path / 'unbroken'}", *overrides]))
+    shutil.copytree(broken.run, unbroken.run)
+
+    parts = broken.lessons(1).making / "parts"
     with subprocess.Popen(
-        command("guide", str(QUICKSTART), *broken.overrides),
+        command("guide", str(QUICKSTART), *run.overrides),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as killed:
         deadline = time.monotonic() + 300
-        while not (parts := list((lessons.making / "parts").glob("[0-9]*.parquet"))):
+        while not list(parts.glob("[0-9]*.parquet")):
             assert killed.poll() is None, "the job ended before it was killed"
             assert time.monotonic() < deadline
             time.sleep(0.02)
         os.kill(killed.pid, signal.SIGKILL)
-    assert len(parts) < 6
-    assert not lessons.made
     time.sleep(3)  # What Ray had under way may still land.
-    there = {path: path.stat().st_mtime_ns for path in (lessons.making / "parts").glob("[0-9]*")}
-    # The unbroken run begins from the same seed student, which takes no part in this.
-    run = broken.lineage.run
-    unbroken = Run((f"runs={tmp_path / 'unbroken'}", *overrides))
-    for made in (broken.lineage.corpus, broken.lineage.seed, broken.lineage.round(0)):
-        shutil.copytree(made.path, unbroken.lineage.run / made.path.relative_to(run))
+    assert 1 <= len(list(parts.glob("[0-9]*.parquet"))) < 6
+    done = run.job("guide")
+    assert done.returncode == 0, done.stderr
+    make_lessons(unbroken, 1)
 
-    for of in (broken, unbroken):
-        done = of.job("guide")
-        assert done.returncode == 0, done.stderr
-    assert there, "nothing was written before the kill"
-
+    columns = ["sample_id", "prompt_id", "seed", "text", "read_label", "student_label", "dropped"]
     ours, other = (
-        pq.read_table(of.lineage.lessons(1).path / "samples.parquet").drop_columns(
-            ["cached_tokens", "readout_cached_tokens"]
-        )
+        pq.read_table(of.lessons(1).path / "samples.parquet", columns=columns).to_pylist()
         for of in (broken, unbroken)
     )
-    texts = [table.select(["sample_id", "text", "dropped"]).to_pylist() for table in (ours, other)]
-    assert texts[0] == texts[1]
-    assert len(texts[0]) == 24
-    scores = [
-        json.loads((of.lineage.guided.path / "rounds.json").read_text())
-        for of in (broken, unbroken)
-    ]
-    for rounds in zip(*scores, strict=True):
-        assert rounds[0]["loss"] == pytest.approx(rounds[1]["loss"], abs=1e-4)
-        assert rounds[0]["test"] == rounds[1]["test"]
-
-    made = broken.lineage.lessons(1)
-    prompts = pq.read_table(made.path / "prompts.parquet")
-    assert set(ours.column("prompt_id").to_pylist()) == set(prompts["prompt_id"].to_pylist())
-    kept = pq.read_table(made.path / "unlabeled")
+    assert len(ours) == 24
+    assert ours == other
+    prompts = pq.read_table(broken.lessons(1).path / "prompts.parquet").column("prompt_id")
+    assert {row["prompt_id"] for row in ours} == set(prompts.to_pylist())
+    kept = pq.read_table(broken.lessons(1).path / "unlabeled")
     assert kept.schema.names == schema.labels(6).names
-    assert len(kept) == pc.sum(pc.is_null(ours.column("dropped"))).as_py()
-    assert made.manifest().rows.kept == len(kept)
-    assert "written by a language model, round 1" in (made.path / "README.md").read_text()
-    model = broken.lineage.guided.path / "model"
-    assert "48 texts labelled by people and " in (model / "README.md").read_text()
+    assert kept.column("text").to_pylist() == [
+        row["text"] for row in ours if row["dropped"] is None
+    ]
+    assert broken.lessons(1).manifest().rows.kept == len(kept)
+    assert "a language model, round 1" in (broken.lessons(1).path / "README.md").read_text()
+
+    rounds = json.loads((broken.guided.path / "rounds.json").read_text())
+    assert [of["round"] for of in rounds] == [0, 1]
+    assert rounds[1]["training_rows"] == 48 + len(kept)
+    best = broken.guided.manifest().details["best_round"]
+    assert rounds[best]["loss"] == min(of["loss"] for of in rounds)
+    card = (broken.round(1).path / "model/README.md").read_text()
+    assert f"48 texts labelled by people and {len(kept)} written by a language model" in card
