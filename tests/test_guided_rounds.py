@@ -18,7 +18,7 @@ from llkd_ray.config import Label, load_experiment
 from llkd_ray.corpus import prepare
 from llkd_ray.errors import ConfigError, TeacherError
 from llkd_ray.guided.asking import report_of
-from llkd_ray.guided.lessons import opening_of
+from llkd_ray.guided.lessons import opening_of, writer_of
 from llkd_ray.guided.prompt import writing_prompt
 from llkd_ray.guided.rounds import best_of, is_over, make_lessons, make_seed
 from llkd_ray.guided.seed import TRAIN, VALIDATION, read_seed
@@ -108,11 +108,17 @@ def test_what_a_seed_needs_is_said_in_one_line(run):
 
 
 def test_only_a_teacher_on_the_cluster_writes(run):
-    lineage = prepared(run, "guide.seed_rows=100", "teacher.kind=scripted")
+    experiment = load_experiment(QUICKSTART, [*run.overrides, "teacher.kind=scripted"])
+    with pytest.raises(ConfigError, match=r"set teacher\.kind = 'vllm'"):
+        writer_of(experiment)
+
+
+def test_of_gold_rows_the_teacher_is_shown_those_of_the_seed_alone(run):
+    lineage = prepared(run, "guide.seed_rows=100", "teacher.shots.kind=balanced")
     make_seed(lineage)
     seed = read_seed(lineage.seed.path, [TRAIN], lineage.experiment.task.label_names)
-    with pytest.raises(ConfigError, match=r"set teacher\.kind = 'vllm'"):
-        opening_of(lineage.experiment, seed)
+    pool = opening_of(lineage.experiment, seed).pool
+    assert [example.text for example in pool] == list(seed.texts)
 
 
 def test_another_setting_makes_other_rounds_and_more_rounds_keep_those_there(run):

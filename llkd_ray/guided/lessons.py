@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from llkd_ray import schema
 from llkd_ray.artifacts import Rows, write_text
-from llkd_ray.config import Experiment
+from llkd_ray.config import Experiment, VLLMTeacher
 from llkd_ray.errors import ConfigError
 from llkd_ray.guided.asking import report_of
 from llkd_ray.guided.budget import share_out
@@ -53,8 +53,7 @@ def write_lessons(
         The count, and details: `dropped` by reason, written_tokens, prompt_tokens, cached_tokens.
 
     Raises:
-        ConfigError: The teacher is not one that runs on the cluster.
-        TeacherError: It cannot write.
+        TeacherError: The teacher cannot write.
     """
     task, guide = experiment.task, experiment.guide
     opening = opening_of(experiment, read_seed(sources.seed, [TRAIN], task.label_names))
@@ -85,18 +84,24 @@ def write_lessons(
     return Rows(taken=len(reasons), kept=kept, rejected=dropped.total()), details
 
 
-def opening_of(experiment: Experiment, seed: Seed) -> Opening:
-    """Return the teacher as it writes: of gold rows it may be shown those of the seed alone.
+def writer_of(experiment: Experiment) -> VLLMTeacher:
+    """Return the teacher, if it can write.
 
     Raises:
         ConfigError: It is not one that runs on the cluster.
     """
-    teacher, task = experiment.teacher, experiment.task
-    if teacher.kind != "vllm":
+    teacher = experiment.teacher
+    if not isinstance(teacher, VLLMTeacher):
         raise ConfigError(
             f"teacher.kind = {teacher.kind!r}: only a teacher on the cluster writes rows; set "
             "teacher.kind = 'vllm' for jobs/guide.py"
         )
+    return teacher
+
+
+def opening_of(experiment: Experiment, seed: Seed) -> Opening:
+    """Return the teacher as it reads: of gold rows it may be shown those of the seed alone."""
+    teacher, task = writer_of(experiment), experiment.task
     pool = () if teacher.shots.kind == "fixed" else examples_of(seed, task.label_names)
     return Opening(task, teacher, pool, experiment.cache)
 
@@ -111,14 +116,13 @@ def _write_prompts(
     write_text(folder / REPORT, json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
     prompt = opening.prompt()
     assert prompt is not None
-    assert experiment.teacher.kind == "vllm"
 
     def count(text: str) -> int:
         return len(prompt.codec.ids([Words(text)]))
 
     words = dict(zip(task.label_names, label_words(task), strict=True))
     told = render(report, words, tokens=guide.report_tokens, count=count)
-    room = experiment.teacher.engine.max_model_len - guide.sampling.max_tokens
+    room = writer_of(experiment).engine.max_model_len - guide.sampling.max_tokens
     # A small seed may have no validation row of a label: nothing is known of its weakness.
     f1 = np.array([of.f1 if of.rows else report.f1 for of in report.classes])
     prompts = []

@@ -21,7 +21,7 @@ from llkd_ray.artifacts import Rows, make, write_text
 from llkd_ray.config import rule_named
 from llkd_ray.corpus import read_shards
 from llkd_ray.guided.asking import report_of
-from llkd_ray.guided.lessons import write_lessons
+from llkd_ray.guided.lessons import write_lessons, writer_of
 from llkd_ray.guided.seed import TRAIN, write_seed
 from llkd_ray.guided.sift import Sources
 from llkd_ray.lineage import Lineage
@@ -46,7 +46,11 @@ def guide(lineage: Lineage, out: Path) -> tuple[Rows, dict[str, Any]]:
 
     Returns:
         Rows generated in all rounds, and details: best_round, rounds, and its scores.
+
+    Raises:
+        ConfigError: The teacher cannot write, or there are too few rows with gold.
     """
+    writer_of(lineage.experiment)
     section = lineage.experiment.guide
     make_seed(lineage)
     rounds = [make_round(lineage, 0)]
