@@ -50,7 +50,7 @@ def write_lessons(
         which any training can take), README.md (the data card).
 
     Returns:
-        The count, and details: `dropped` by reason, written_tokens, prompt_tokens, cached_tokens.
+        The count, and details: `dropped` by reason, and tokens: written, of prompts, of read-outs.
 
     Raises:
         TeacherError: The teacher cannot write.
