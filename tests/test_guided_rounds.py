@@ -8,6 +8,8 @@ import subprocess
 import time
 from dataclasses import asdict
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import QUICKSTART, ROOT, Run, command
@@ -146,6 +148,90 @@ def with_untrained_student(lineage: Lineage) -> None:
         report, _ = report_of(draft.folder / "model", lineage.seed.path, experiment)
         (draft.folder / "report.json").write_text(json.dumps(asdict(report)))
         draft.rows = Rows(taken=48, kept=48, rejected=0)
+
+
+def rows_of(lineage: Lineage, split: str) -> list[dict]:
+    return pq.read_table(lineage.corpus.path / split, columns=["text", "gold"]).to_pylist()
+
+
+def lay_out_written(lineage: Lineage, rows: list[dict]) -> None:
+    """Leave texts as a killed round would that had just written its last one."""
+    names, making = lineage.experiment.task.label_names, lineage.lessons(1).making
+    (making / "parts").mkdir(parents=True)
+    prompts = []
+    for name in names:
+        of_label = [row for row in rows if row["gold"] == name]
+        prompt_id = Round(1, 0).sample_id(names.index(name), 0)
+        written = [
+            {
+                "sample_id": f"{prompt_id}-{at}",
+                "prompt_id": prompt_id,
+                "label": name,
+                "seed": at,
+                "text": row["text"],
+                "finished": row.get("finished", True),
+                "logprobs": np.log(np.where(np.arange(6) == names.index(row["read"]), 0.8, 0.04)),
+                **dict.fromkeys(
+                    ("tokens", "prompt_tokens", "cached_tokens", "readout_tokens",
+                     "readout_cached_tokens"), 1),
+                "error": None,
+            }
+            for at, row in enumerate(of_label)
+        ]  # fmt: skip
+        pq.write_table(
+            pa.Table.from_pylist(written, schema.written(6)),
+            making / f"parts/{prompt_id}.parquet",
+        )
+        prompts.append(
+            {"prompt_id": prompt_id, "label": name, "first": 0, "samples": 1, "text": "Question:"}
+        )
+    pq.write_table(pa.Table.from_pylist(prompts, schema.PROMPTS), making / "prompts.parquet")
+
+
+def test_what_is_written_is_not_asked_for_again_and_every_text_is_kept_or_has_its_reason(
+    tmp_path, small_encoder
+):
+    lineage = prepared(
+        Run((f"runs={tmp_path}", "guide.seed_rows=100", f"student.model={small_encoder}"))
+    )
+    with_untrained_student(lineage)
+    shown = set(
+        read_seed(lineage.seed.path, [TRAIN, VALIDATION], lineage.experiment.task.label_names).texts
+    )
+    fresh = [row for row in rows_of(lineage, "unlabeled") if row["text"] not in shown][:200]
+    good = [row | {"read": row["gold"]} for row in fresh if len(row["text"].split()) > 4]
+    leak = rows_of(lineage, "test")[0]
+    other = next(row for row in rows_of(lineage, "validation") if row["gold"] != leak["gold"])
+    planted = {
+        "the same as a text of the test split": leak,
+        "the same as a text of the validation split": other | {"text": other["text"].upper()},
+        "no end": good[-1] | {"finished": False},
+        "the teacher reads another label": good[-2] | {"read": leak["gold"]},
+    }
+    if good[-2]["gold"] == leak["gold"]:
+        planted["the teacher reads another label"]["read"] = other["gold"]
+    bad = [{"read": row["gold"], **row} for row in planted.values()]
+    lay_out_written(lineage, [*good[:-2], *bad])
+
+    make_lessons(lineage, 1)
+
+    folder, manifest = lineage.lessons(1).path, lineage.lessons(1).manifest()
+    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    assert len(samples) == len(good) - 2 + 4 == manifest.rows.taken
+    dropped = {row["text"]: row["dropped"] for row in samples}
+    for reason, row in planted.items():
+        assert dropped[row["text"]] == reason
+    kept = pq.read_table(folder / "unlabeled").to_pylist()
+    assert [row["text"] for row in kept] == [
+        row["text"] for row in samples if row["dropped"] is None
+    ]
+    assert manifest.rows.kept == len(kept) > 0.7 * len(good)
+    assert sum(manifest.details["dropped"].values()) == manifest.rows.rejected
+    assert all(row["gold"] is None and row["confidence"] > 0.5 for row in kept)
+    card = (folder / "README.md").read_text()
+    assert f"{len(kept)} of {len(samples)} texts" in card
+    assert "| no end | 1 |" in card
+    assert not (folder / "parts").exists()
 
 
 @pytest.mark.slow
