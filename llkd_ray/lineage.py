@@ -125,7 +125,7 @@ class Lineage:
     def comparison(self) -> Artifact:
         """Many ways of training, side by side on the gold test rows."""
         experiment = self.experiment
-        of_student = self._training()
+        of_student = self._training(experiment.selection.rule)
         return self._artifact(
             "comparison",
             "compare",
@@ -140,24 +140,71 @@ class Lineage:
 
     def student(self, rule: str | None = None) -> Artifact:
         """Name the student trained with a rule, the experiment's own when not given."""
+        rule = rule or self.experiment.selection.rule
         # Its confidence is calibrated; students of before that have other names.
         settings = {**self._training(rule), "confidence": "temperature"}
         return self._artifact("student", "train", settings, self.labels)
 
-    def _training(self, rule: str | None = None) -> dict[str, Any]:
+    def _training(self, rule: str) -> dict[str, Any]:
         """Return what decides a student's weights, the labels aside."""
         experiment = self.experiment
-        selection = rule_named(rule or experiment.selection.rule, experiment.selection)
         train = dict(as_tree(experiment.train))
         for key in ("max_failures", "cpus_per_worker", "threads_per_worker", "checkpoint_steps"):
             del train[key]
         return {
-            "selection": as_tree(selection),
+            "selection": as_tree(rule_named(rule, experiment.selection)),
             "student": as_tree(experiment.student),
             "model": embedded.revision(experiment.student.model),
             "train": {**train, "deepspeed": _content(experiment.train.deepspeed)},
             "seed": experiment.seed,
         }
+
+    @cached_property
+    def seed(self) -> Artifact:
+        """Gold rows that a guided distillation starts from."""
+        settings = _only(self.experiment.guide, "seed_rows", "validation_fraction")
+        return self._artifact("seed", "guide", settings, self.corpus)
+
+    def lessons(self, number: int) -> Artifact:
+        """Name the rows that the teacher writes in a round, from 1."""
+        guide = self.experiment.guide
+        decide = _only(
+            guide,
+            *("samples", "samples_per_prompt", "weakness", "report_tokens"),
+            *("shown", "sampling", "checks"),
+        )
+        settings = {
+            "number": number,
+            "asking": fingerprint(self.asking),
+            "seed": self.experiment.seed,
+            **decide,
+        }
+        return self._artifact("lessons", "guide", settings, self.seed, self.round(number - 1))
+
+    def round(self, number: int) -> Artifact:
+        """Name the student of a round, trained on the seed and the rows of all rounds up to it."""
+        return self._artifact(
+            "round",
+            "guide",
+            {"number": number, **self._training(self.experiment.guide.rule)},
+            self.seed,
+            # Those of the rounds before follow from these.
+            *([self.lessons(number)] if number else []),
+        )
+
+    @cached_property
+    def guided(self) -> Artifact:
+        """The student of the best round."""
+        experiment = self.experiment
+        return self._artifact(
+            "guided",
+            "guide",
+            {
+                **_only(experiment.guide, "rounds", "patience"),
+                "evaluate": as_tree(experiment.evaluate),
+            },
+            self.lessons(1),
+        )
 
     @property
     def students(self) -> dict[str, Artifact]:

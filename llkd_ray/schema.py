@@ -167,6 +167,55 @@ CURVE = pa.schema(
 )
 """cascade/curve.parquet: the cascade on the validation rows, from the student alone on."""
 
+
+PROMPTS = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("label", pa.string(), nullable=False),  # that the teacher is to write about
+        pa.field("first", pa.int32(), nullable=False),  # index of its first sample in the label
+        pa.field("samples", pa.int32(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+    ]
+)
+"""lessons/prompts.parquet: what the teacher was given to write on."""
+
+
+def written(num_classes: int) -> pa.Schema:
+    """Return the columns of what the teacher wrote, before any check."""
+    return pa.schema(
+        [
+            pa.field("sample_id", pa.string(), nullable=False),  # ROUND-LABEL-INDEX, in numbers
+            pa.field("prompt_id", pa.string(), nullable=False),
+            pa.field("label", pa.string(), nullable=False),  # asked for
+            pa.field("seed", pa.int64(), nullable=False),  # of the sampling
+            pa.field("text", pa.string(), nullable=False),
+            pa.field("finished", pa.bool_(), nullable=False),  # came to its end
+            pa.field("tokens", pa.int32(), nullable=False),  # written
+            pa.field("prompt_tokens", pa.int32(), nullable=False),
+            pa.field("cached_tokens", pa.int32(), nullable=False),  # of the prompt's
+            # As in readouts: what the teacher says of its text, asked for the label.
+            pa.field("logprobs", pa.list_(pa.float32(), num_classes)),
+            pa.field("readout_tokens", pa.int32(), nullable=False),
+            pa.field("readout_cached_tokens", pa.int32(), nullable=False),
+            pa.field("error", pa.string()),
+        ]
+    )
+
+
+def lessons(num_classes: int) -> pa.Schema:
+    """Return the columns of lessons/samples.parquet: every text of a round, kept or not."""
+    return pa.schema(
+        [
+            *written(num_classes),
+            pa.field("read_label", pa.string()),  # the teacher's, of its own text
+            pa.field("confidence", pa.float32()),  # in it, calibrated
+            pa.field("student_label", pa.string(), nullable=False),
+            pa.field("uncertainty", pa.float32(), nullable=False),  # of the student
+            pa.field("dropped", pa.string()),  # why; null where the row is kept
+        ]
+    )
+
+
 SAMPLES = pa.schema(
     [
         pa.field("endpoint", pa.string()),  # teacher, student, or another's name

@@ -11,6 +11,7 @@ from llkd_ray.config.endpoint import (
     ServeTarget,
 )
 from llkd_ray.config.experiment import Experiment, load_experiment, with_overrides
+from llkd_ray.config.guide import ChecksSection, GuideSection, SamplingSection, ShownSection
 from llkd_ray.config.section import as_tree
 from llkd_ray.config.selection import (
     RULES,
@@ -60,6 +61,7 @@ __all__ = [
     "BenchSection",
     "CalibrationSection",
     "CascadeSection",
+    "ChecksSection",
     "CompareSection",
     "ConfidentLearningRule",
     "CorpusSection",
@@ -73,6 +75,7 @@ __all__ = [
     "FlexMatchRule",
     "FreeMatchRule",
     "GoldRule",
+    "GuideSection",
     "HTTPTeacher",
     "JointRule",
     "LLKDRule",
@@ -83,10 +86,12 @@ __all__ = [
     "RandomRule",
     "RaySection",
     "Rule",
+    "SamplingSection",
     "ScriptedTeacher",
     "ServeSection",
     "ServeTarget",
     "ShotsSection",
+    "ShownSection",
     "StaticStudent",
     "StoppingSection",
     "StudentOnlyRule",

@@ -15,6 +15,7 @@ from pydantic import BaseModel, NonNegativeInt, ValidationError, model_validator
 from llkd_ray.config.cascade import CascadeSection
 from llkd_ray.config.compare import CompareSection
 from llkd_ray.config.endpoint import BenchSection, RaySection, ServeSection
+from llkd_ray.config.guide import GuideSection
 from llkd_ray.config.section import Name, Section, Text
 from llkd_ray.config.selection import RULES, LLKDRule, SelectionSection
 from llkd_ray.config.student import (
@@ -69,6 +70,7 @@ class Experiment(Section):
     export: ExportSection = ExportSection()
     evaluate: EvaluateSection = EvaluateSection()
     compare: CompareSection = CompareSection()
+    guide: GuideSection = GuideSection()
     serve: ServeSection = ServeSection()
     cascade: CascadeSection = CascadeSection()
     bench: BenchSection = BenchSection()

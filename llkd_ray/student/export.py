@@ -30,6 +30,8 @@ class Card:
     calibration: str = "batch"
     """Kind of calibration of the labels."""
     temperature: Temperature = UNCHANGED
+    origin: str | None = None
+    """Where the labels come from, where a teacher alone did not give them."""
 
 
 def export(student: Path, out: Path, card: Card) -> None:
@@ -82,7 +84,7 @@ Texts are read up to {card.max_length} tokens.
 ## How it was made
 
 - Student before training: {card.student}, with a fresh classification head.
-- Labels: {card.rows} texts labelled by a language model; {_gold(card)}.
+- Labels: {card.origin or f"{card.rows} texts labelled by a language model; {_gold(card)}"}.
 - Rows chosen by the rule `{card.rule}` (LLKD: arXiv 2411.08028): {used} of all row-steps were
   trained on, in {card.details["steps"]} optimizer steps.
 - {_chosen(card)}

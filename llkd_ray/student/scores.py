@@ -44,7 +44,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
     """One model's answers to the gold test rows, in the order of the shards."""
 
     gold: Ints
@@ -118,7 +118,7 @@ def score_models(
             for name, answers in models.items()
         }
     scores = {
-        name: _score(outcome, len(label_names), section, seed, temperatures.get(name))
+        name: score(outcome, len(label_names), section, seed, temperatures.get(name))
         for name, outcome in outcomes.items()
     }
     _write_json(out / "scores.json", {name: score.model_dump() for name, score in scores.items()})
@@ -176,7 +176,7 @@ def _collect(
     *,
     writer: pq.ParquetWriter,
     temperature: Temperature | None,
-) -> _Outcome:
+) -> Outcome:
     """Write one model's predictions and keep what scoring needs."""
     num_classes = len(label_names)
     parts = []
@@ -202,16 +202,17 @@ def _collect(
                 schema=schema.predictions(num_classes),
             )
         )
-    return _Outcome(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return Outcome(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _score(
-    outcome: _Outcome,
+def score(
+    outcome: Outcome,
     num_classes: int,
     section: EvaluateSection,
     seed: int,
-    temperature: Temperature | None,
+    temperature: Temperature | None = None,
 ) -> schema.ModelScore:
+    """Score one model's answers, with bootstrap intervals."""
     gold, predicted = outcome.gold, outcome.predicted
     bins = section.calibration_bins
 

@@ -59,6 +59,7 @@ def train(
     seed: int,
     cache: str,
     calibration: str = "batch",
+    origin: str | None = None,
 ) -> Trained:
     """Train a student on the teacher's labels and leave the best epoch as a plain model.
 
@@ -84,6 +85,8 @@ def train(
         seed: Of head, order and dropout.
         cache: Folder for converted models.
         calibration: Kind of the labels' calibration, for the model card.
+        origin: What the model card says of the labels instead, where a teacher alone did not give
+            them.
 
     Raises:
         ConfigError: The experiment wants gold where there is none, or `train.deepspeed` is wrong.
@@ -141,6 +144,7 @@ def train(
         details=details,
         calibration=calibration,
         temperature=temperature,
+        origin=origin,
     )
     export(best / STUDENT, out / MODEL, card)
     set_temperature(out / MODEL, temperature)

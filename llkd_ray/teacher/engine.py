@@ -6,13 +6,30 @@ The same code runs on a GPU: there `cpu_kvcache_gib` and `threads` mean nothing 
 import asyncio
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llkd_ray.cluster import end_children_with_actor
 from llkd_ray.config import EngineSection, Example, TaskSection, VLLMTeacher
 from llkd_ray.teacher.answers import Answer, TeacherDiedError
+from llkd_ray.teacher.layout import Words
 from llkd_ray.teacher.prompt import Encoded, Prompt
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a teacher wrote after a prompt."""
+
+    text: str
+    finished: bool
+    """Whether it came to a stop string or an end of its own."""
+    tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    """Of the prompt's, from the cache."""
+    error: str | None = None
+    """Why there is no text."""
 
 
 class Engine:
@@ -76,6 +93,38 @@ class Engine:
                 await self._read_one(encoded[0])
                 self._warm = True
         return list(await asyncio.gather(*map(self._read_one, encoded)))
+
+    async def write(self, prompt: str, **sampling: Any) -> Continuation:
+        """Continue a prompt, in which nothing is special.
+
+        Args:
+            prompt: Text; what the tokenizer itself puts first is added.
+            sampling: vLLM's SamplingParams.
+
+        Raises:
+            TeacherDiedError: The engine's process has died.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        codec = self._prompt.codec
+        ids = [*codec.bos, *codec.ids([Words(prompt)])]
+        parameters = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
+        try:
+            output = await self._generate(ids, [], parameters)
+        except EngineDeadError as error:
+            raise TeacherDiedError("vLLM's engine process has died") from error
+        except (ValueError, EngineGenerateError) as error:
+            return Continuation("", False, 0, len(ids), 0, f"{type(error).__name__}: {error}")
+        written = output.outputs[0]
+        return Continuation(
+            text=written.text,
+            finished=written.finish_reason == "stop",
+            tokens=len(written.token_ids),
+            prompt_tokens=len(ids),
+            cached_tokens=output.num_cached_tokens or 0,
+        )
 
     def check_health(self) -> None:
         """Raise if the engine's process has died."""

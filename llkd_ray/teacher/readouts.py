@@ -183,10 +183,6 @@ def _ask(window: list[tuple[Shard, int]], opening: Opening, ledger: Ledger, tall
     context.print_on_execution_start = False
     teacher = opening.teacher
     actors = teacher.actors
-    resources: dict[str, Any] = {"num_cpus": actors.num_cpus, "num_gpus": opening.num_gpus or None}
-    if isinstance(teacher, VLLMTeacher):
-        environment = engine_environment(teacher.engine, actors.threads)
-        resources["runtime_env"] = {"env_vars": environment}
     shards = [asdict(shard) for shard, _ in window]
     rows_to_ask = sum(rows for _, rows in window)
     batches_per_block = math.ceil(rows_to_ask / (_BLOCKS * teacher.batch_size))
@@ -222,7 +218,7 @@ def _ask(window: list[tuple[Shard, int]], opening: Opening, ledger: Ledger, tall
             max_concurrent_calls_per_actor=calls,
             max_tasks_in_flight_per_actor=2 * calls,
         ),
-        **resources,
+        **actor_resources(opening),
     )
     try:
         for batch in counts.iter_batches(
@@ -234,6 +230,19 @@ def _ask(window: list[tuple[Shard, int]], opening: Opening, ledger: Ledger, tall
         if isinstance(error.cause, TeacherError):
             raise error.cause from None
         raise
+
+
+def actor_resources(opening: Opening) -> dict[str, Any]:
+    """Return what Ray sets aside and sets up for an actor with a teacher."""
+    teacher = opening.teacher
+    resources: dict[str, Any] = {
+        "num_cpus": teacher.actors.num_cpus,
+        "num_gpus": opening.num_gpus or None,
+    }
+    if isinstance(teacher, VLLMTeacher):
+        environment = engine_environment(teacher.engine, teacher.actors.threads)
+        resources["runtime_env"] = {"env_vars": environment}
+    return resources
 
 
 def _unanswered(shards: list[Shard], ledger: Ledger, attempts: int) -> Iterator[tuple[Shard, int]]:

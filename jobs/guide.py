@@ -1,0 +1,37 @@
+"""Have the teacher write rows for what the student gets wrong, round by round."""
+
+import sys
+
+from llkd_ray.cli import run_job
+from llkd_ray.config import Experiment
+
+
+def guide(experiment: Experiment) -> None:
+    from llkd_ray.lineage import Lineage
+
+    lineage = Lineage(experiment)
+    lineage.corpus.require()
+    artifact = lineage.guided
+    if artifact.made:
+        print(f"guide: {artifact.path} is there already")
+        return
+
+    from llkd_ray.artifacts import make
+    from llkd_ray.cluster import ray_session, require_room
+    from llkd_ray.guided.rounds import guide as run
+
+    with make(artifact) as draft, ray_session(experiment.ray):
+        actors = experiment.teacher.actors
+        require_room(experiment.ray, actors.min, actors.num_cpus, actors.num_gpus)
+        draft.rows, draft.details = run(lineage, draft.folder)
+    details, test = draft.details, draft.details["test"]
+    scores = f", test accuracy {test['accuracy']['value']:.3f}" if test else ""
+    print(
+        f"guide: wrote {artifact.path}: round {details['best_round']} of {details['rounds']} has "
+        f"the lowest validation loss, {details['validation_loss']:.3f}; {draft.rows.kept} of "
+        f"{draft.rows.taken} texts were kept{scores}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(str(__doc__), guide))

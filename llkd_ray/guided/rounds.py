@@ -1,0 +1,213 @@
+"""The rounds of a guided distillation, each an artifact that a killed run finds again.
+
+Round 0 trains a student on the seed alone. Each further round has the teacher write rows for what
+the last student gets wrong, and trains a fresh student on the seed and all rows kept so far. (The
+paper trains the same student on; a fresh one does not depend on the order of what it saw.) The
+student with the lowest validation loss is the result.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from llkd_ray.artifacts import Rows, make, write_text
+from llkd_ray.config import rule_named
+from llkd_ray.corpus import read_shards
+from llkd_ray.guided.asking import report_of
+from llkd_ray.guided.lessons import write_lessons, writer_of
+from llkd_ray.guided.seed import TRAIN, write_seed
+from llkd_ray.guided.sift import Sources
+from llkd_ray.lineage import Lineage
+from llkd_ray.student import train
+from llkd_ray.student.evaluate import predict
+from llkd_ray.student.scores import Outcome, score
+
+_log = logging.getLogger(__name__)
+_LABELS = "labels"
+REPORT, ROUNDS = "report.json", "rounds.json"
+
+
+def guide(lineage: Lineage, out: Path) -> tuple[Rows, dict[str, Any]]:
+    """Go through the rounds, those that are made already aside, and leave the best student.
+
+    Needs a connection to Ray.
+
+    Writes:
+        out/model (the student of the best round), out/rounds.json: of each round validation loss,
+        accuracy and macro-F1, rows, reasons, tokens, and the score on the gold test rows, which
+        chooses nothing.
+
+    Returns:
+        Rows generated in all rounds, and details: best_round, rounds, and its scores.
+
+    Raises:
+        ConfigError: The teacher cannot write, or there are too few rows with gold.
+    """
+    writer_of(lineage.experiment)
+    section = lineage.experiment.guide
+    make_seed(lineage)
+    rounds = [make_round(lineage, 0)]
+    while len(rounds) <= section.rounds and not is_over(rounds, section.patience):
+        make_lessons(lineage, len(rounds))
+        rounds.append(make_round(lineage, len(rounds)))
+    best = best_of(rounds)
+    shutil.copytree(lineage.round(best).path / train.MODEL, out / train.MODEL, dirs_exist_ok=True)
+    for number, row in enumerate(rounds):
+        row["test"] = _on_test(lineage, lineage.round(number).path / train.MODEL)
+    write_text(out / ROUNDS, json.dumps(rounds, indent=2, ensure_ascii=False) + "\n")
+    taken = sum(row["written"] for row in rounds)
+    kept = sum(row["kept"] for row in rounds)
+    return Rows(taken=taken, kept=kept, rejected=taken - kept), {
+        "best_round": best,
+        "rounds": len(rounds) - 1,
+        "chosen_by": "validation loss",
+        **{f"validation_{key}": rounds[best][key] for key in ("loss", "accuracy", "f1")},
+        "test": rounds[best]["test"],
+    }
+
+
+def is_over(rounds: Sequence[dict[str, Any]], patience: int) -> bool:
+    """Return whether so many rounds in a row did not lower the validation loss."""
+    return len(rounds) - 1 - best_of(rounds) >= patience
+
+
+def best_of(rounds: Sequence[dict[str, Any]]) -> int:
+    """Return the round with the lowest validation loss, the first of equals."""
+    return int(np.argmin([row["loss"] for row in rounds]))
+
+
+def make_seed(lineage: Lineage) -> None:
+    """Take the seed from the corpus."""
+    experiment = lineage.experiment
+    if not lineage.seed.made:
+        with make(lineage.seed) as draft:
+            draft.rows = write_seed(
+                lineage.corpus.path, experiment.task, experiment.guide, draft.folder
+            )
+
+
+def make_lessons(lineage: Lineage, number: int) -> None:
+    """Have a round's rows written and checked."""
+    artifact = lineage.lessons(number)
+    if artifact.made:
+        return
+    sources = Sources(
+        corpus=lineage.corpus.path,
+        seed=lineage.seed.path,
+        lessons=tuple(lineage.lessons(earlier).path for earlier in range(1, number)),
+        student=lineage.round(number - 1).path / train.MODEL,
+    )
+    with make(artifact, resume=True) as draft:
+        draft.rows, draft.details = write_lessons(sources, lineage.experiment, number, draft.folder)
+    dropped = ", ".join(f"{n} {reason}" for reason, n in draft.details["dropped"].items())
+    _log.info(
+        "guide: round %d: kept %d of %d texts; dropped: %s",
+        *(number, draft.rows.kept, draft.rows.taken, dropped or "none"),
+    )
+
+
+def make_round(lineage: Lineage, number: int) -> dict[str, Any]:
+    """Train a round's student on the seed and all rows kept so far, and return what it came to."""
+    experiment, artifact = lineage.experiment, lineage.round(number)
+    if not artifact.made:
+        with make(artifact, resume=True) as draft:
+            _lay_out(lineage, number, draft.folder / _LABELS / TRAIN)
+            trained = train.train(
+                draft.folder / _LABELS,
+                draft.folder,
+                corpus=lineage.seed.path,
+                label_names=experiment.task.label_names,
+                selection=rule_named(experiment.guide.rule, experiment.selection),
+                student=experiment.student,
+                section=experiment.train,
+                seed=experiment.seed,
+                cache=experiment.cache,
+                origin=_origin(lineage, number),
+            )
+            shutil.rmtree(draft.folder / _LABELS)
+            report, _ = report_of(draft.folder / train.MODEL, lineage.seed.path, experiment)
+            write_text(draft.folder / REPORT, json.dumps(asdict(report), indent=2) + "\n")
+            draft.rows, draft.details = trained.rows, trained.details
+    made = artifact.manifest()
+    report_row = json.loads((artifact.path / REPORT).read_text(encoding="utf-8"))
+    row = {
+        "round": number,
+        **{key: report_row[key] for key in ("loss", "accuracy", "f1")},
+        "training_rows": made.rows.taken,
+        "training_s": made.seconds,
+        "written": 0,
+        "kept": 0,
+    }
+    if number:
+        lessons = lineage.lessons(number).manifest()
+        row |= {"written": lessons.rows.taken, "kept": lessons.rows.kept}
+        row |= {"lessons_s": lessons.seconds, **lessons.details}
+    _log.info(
+        "guide: round %d: %d rows to train on, validation loss %.3f, accuracy %.3f, macro-F1 %.3f",
+        *(number, row["training_rows"], row["loss"], row["accuracy"], row["f1"]),
+    )
+    return row
+
+
+def _lay_out(lineage: Lineage, number: int, folder: Path) -> None:
+    """Put the shards that a round trains on into one folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    parts = [lineage.seed, *(lineage.lessons(earlier) for earlier in range(1, number + 1))]
+    for at, part in enumerate(parts):
+        for shard in read_shards(part.path / TRAIN):
+            shutil.copyfile(shard, folder / f"shard-{at:05d}.parquet")
+
+
+def _origin(lineage: Lineage, number: int) -> str:
+    gold = lineage.seed.manifest().rows.kept - lineage.experiment.guide.validation_rows
+    generated = sum(lineage.lessons(of).manifest().rows.kept for of in range(1, number + 1))
+    return (
+        f"{gold} texts labelled by people and {generated} written by a language model "
+        "(PGKD: arXiv 2411.05045)"
+    )
+
+
+def _on_test(lineage: Lineage, student: Path) -> dict[str, Any] | None:
+    """Score a student on the gold test rows; None where there are none."""
+    experiment = lineage.experiment
+    names = experiment.task.label_names
+    test = lineage.corpus.path / "test"
+    gold = {
+        row["row_id"]: names.index(row["gold"])
+        for path in read_shards(test)
+        for row in pq.read_table(path, columns=["row_id", "gold"]).to_pylist()
+        if row["gold"] is not None
+    }
+    if not gold:
+        return None
+    truth: list[int] = []
+    asked = []
+    for ids, probabilities in predict(
+        student,
+        test,
+        names,
+        max_length=experiment.student.max_length,
+        batch_size=experiment.train.scoring_batch_size,
+    ):
+        known = [at for at, id_ in enumerate(ids) if id_ in gold]
+        truth += [gold[ids[at]] for at in known]
+        asked.append(probabilities[known])
+    answers = np.concatenate(asked)
+    confidence = answers.max(axis=1).astype(np.float64)
+    outcome = Outcome(
+        gold=np.array(truth, dtype=np.int64),
+        predicted=answers.argmax(axis=1),
+        confidence=confidence,
+        as_trained=confidence,  # A round's student has no temperature of its own.
+    )
+    found = score(outcome, len(names), experiment.evaluate, experiment.seed)
+    tree: dict[str, Any] = found.model_dump()
+    return tree

@@ -1,0 +1,55 @@
+"""What the benchmark of guided distillation asks for, and how it reads the rounds."""
+
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "jobs/benchmarks"))
+
+import guided_quality
+
+from llkd_ray.config import load_experiment
+from llkd_ray.errors import CorpusError
+
+
+def test_every_variant_is_an_experiment_of_every_data_set(tmp_path):
+    for data in guided_quality.SPLITS:
+        (tmp_path / data).mkdir()
+        (tmp_path / data / "train.parquet").touch()
+        overrides = guided_quality.overrides_of(tmp_path / data, tmp_path)
+        for settings in guided_quality.VARIANTS.values():
+            load_experiment(ROOT / f"jobs/configs/{data}.toml", [*overrides, *settings])
+
+
+def test_a_folder_that_is_no_data_set_is_named(tmp_path):
+    with pytest.raises(CorpusError, match="there are trec6, snips"):
+        guided_quality.overrides_of(tmp_path / "trec", tmp_path)
+    with pytest.raises(CorpusError, match=r"no train\.parquet"):
+        guided_quality.overrides_of(tmp_path / "trec6", tmp_path)
+
+
+def a_round(number, loss, accuracy, **more):
+    bounded = {"value": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1}
+    test = {"accuracy": bounded, "macro_f1": bounded}
+    return {"round": number, "loss": loss, "written": 0, "kept": 0, "test": test, **more}
+
+
+def test_a_line_is_of_the_rounds_with_the_lowest_loss_and_counts_all_that_was_written():
+    guided = [
+        [
+            a_round(0, 0.9, 0.6),
+            a_round(1, 0.5, 0.8, written=10, kept=4, dropped={"too long": 6}, tokens=99),
+            a_round(2, 0.7, 0.9, written=10, kept=6, dropped={"too short": 4}, tokens=1),
+        ],
+        [a_round(0, 0.4, 0.7), a_round(1, 0.6, 0.5, written=20, kept=20)],
+    ]
+    line = guided_quality.line_of([guided_quality.best_of(of) for of in guided], guided)
+    assert line["accuracy"] == 0.75
+    assert (line["accuracy_low"], line["accuracy_high"]) == (0.65, 0.85)
+    assert (line["written"], line["kept"], line["tokens"]) == (20, 15, 50)
+    assert line["dropped"] == {"too long": 3, "too short": 2}
+    assert line["last_accuracy"] == 0.7
+    alone = guided_quality.line_of([of[0] for of in guided], guided, rounds=0)
+    assert (alone["accuracy"], alone["written"], alone["round"]) == (0.65, 0, 0)
+    assert "seed alone" in guided_quality.table_of("trec6", {"seed alone": alone, "teacher": {}})

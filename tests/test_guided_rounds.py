@@ -1,0 +1,297 @@
+"""Rounds: seed, prompts, early stopping, and a job that is killed while the teacher writes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import QUICKSTART, ROOT, Run, command
+
+from llkd_ray import schema
+from llkd_ray.artifacts import Rows, make
+from llkd_ray.config import Label, load_experiment
+from llkd_ray.corpus import prepare
+from llkd_ray.errors import ConfigError, TeacherError
+from llkd_ray.guided.asking import report_of
+from llkd_ray.guided.lessons import opening_of, writer_of
+from llkd_ray.guided.prompt import writing_prompt
+from llkd_ray.guided.rounds import best_of, is_over, make_lessons, make_seed
+from llkd_ray.guided.seed import TRAIN, VALIDATION, read_seed
+from llkd_ray.guided.shown import Shown
+from llkd_ray.guided.write import Round
+from llkd_ray.lineage import Lineage
+from llkd_ray.student.model import load_tokenizer, load_untrained, locate
+
+SHOWN = Shown(correct=("What is it ?", "Why ?"), wrong=("Is it he ?",), hard=("Who ?", "He ?"))
+
+
+def words(text):
+    return len(text.split())
+
+
+@pytest.fixture(scope="module")
+def task():
+    return load_experiment(QUICKSTART).task
+
+
+def prompt_of(task, *, room, report="accuracy 0.50"):
+    label = Label(name="person", words="human being", description="who")
+    return writing_prompt(task, label, report, SHOWN, room=room, count=words)
+
+
+def test_a_prompt_ends_where_the_next_text_of_its_label_begins(task):
+    prompt = prompt_of(task, room=1000)
+    assert prompt.endswith('"human being" (who), each in one line.\nQuestion:')
+    assert prompt.startswith(task.instruction.strip() + "\n\naccuracy 0.50\n\n")
+    order = [prompt.index(f"Question: {text}\n") for text in ("Why ?", "Is it he ?", "Who ?")]
+    assert order == sorted(order)
+
+
+def test_a_prompt_leaves_out_the_rows_that_do_not_fit_the_correct_ones_first(task):
+    whole = prompt_of(task, room=1000)
+    shorter = prompt_of(task, room=words(whole) - 1)
+    assert "What is it ?" not in shorter
+    assert "Why ?" in shorter
+    least = prompt_of(task, room=words(whole) - 30)
+    assert words(least) <= words(whole) - 30
+    assert "Why ?" not in least
+    with pytest.raises(TeacherError, match=r"'person' takes \d+ of 20 tokens before any row"):
+        prompt_of(task, room=20)
+
+
+def test_rounds_end_when_the_loss_has_not_fallen_for_the_patience():
+    rounds = [{"loss": loss} for loss in (0.9, 0.7, 0.8, 0.7)]
+    assert [is_over(rounds[:n], 2) for n in (1, 2, 3, 4)] == [False, False, False, True]
+    assert best_of(rounds) == 1
+
+
+def test_a_sample_has_its_own_seed_whoever_draws_it():
+    of = Round(2, seed=7)
+    ids = {of.sample_id(label, index) for label in range(6) for index in range(100)}
+    assert len({of.seed_of(id_) for id_ in ids}) == len(ids) == 600
+    assert of.seed_of("002-0001-00003") == Round(2, seed=7).seed_of("002-0001-00003")
+    assert of.seed_of("002-0001-00003") != Round(2, seed=8).seed_of("002-0001-00003")
+    assert all(0 <= of.seed_of(id_) < 2**31 for id_ in ids)
+
+
+def prepared(run: Run, *more: str) -> Lineage:
+    lineage = Lineage(load_experiment(QUICKSTART, [*run.overrides, *more]))
+    with make(lineage.corpus) as draft:
+        experiment = lineage.experiment
+        draft.rows = prepare(experiment.corpus, experiment.task, draft.folder).rows
+    return lineage
+
+
+def test_the_seed_is_gold_and_its_parts_are_disjoint_and_hold_the_examples(run):
+    lineage = prepared(run, "guide.seed_rows=100")
+    make_seed(lineage)
+    task = lineage.experiment.task
+    train, validation = (
+        read_seed(lineage.seed.path, [part], task.label_names) for part in (TRAIN, VALIDATION)
+    )
+    assert (len(train.texts), len(validation.texts)) == (80, 20)
+    assert not set(train.texts) & set(validation.texts)
+    assert {example.text for example in task.examples} <= set(train.texts)
+    rows = pq.read_table(lineage.seed.path / TRAIN).to_pylist()
+    assert all(row["label"] == row["gold"] and row["confidence"] == 1.0 for row in rows)
+
+
+def test_what_a_seed_needs_is_said_in_one_line(run):
+    lineage = prepared(run, "guide.seed_rows=9000")
+    with pytest.raises(ConfigError, match=r"guide\.seed_rows = 9000: beside 20 task\.examples"):
+        make_seed(lineage)
+
+
+def test_only_a_teacher_on_the_cluster_writes(run):
+    experiment = load_experiment(QUICKSTART, [*run.overrides, "teacher.kind=scripted"])
+    with pytest.raises(ConfigError, match=r"set teacher\.kind = 'vllm'"):
+        writer_of(experiment)
+
+
+def test_of_gold_rows_the_teacher_is_shown_those_of_the_seed_alone(run):
+    lineage = prepared(run, "guide.seed_rows=100", "teacher.shots.kind=balanced")
+    make_seed(lineage)
+    seed = read_seed(lineage.seed.path, [TRAIN], lineage.experiment.task.label_names)
+    pool = opening_of(lineage.experiment, seed).pool
+    assert [example.text for example in pool] == list(seed.texts)
+
+
+def test_another_setting_makes_other_rounds_and_more_rounds_keep_those_there(run):
+    lineage = Lineage(run.experiment)
+
+    def changed(override: str) -> Lineage:
+        return Lineage(load_experiment(QUICKSTART, [*run.overrides, override]))
+
+    assert changed("guide.rounds=9").round(3).path == lineage.round(3).path
+    assert changed("guide.rounds=9").guided.path != lineage.guided.path
+    assert changed("guide.samples=9").lessons(1).path != lineage.lessons(1).path
+    assert changed("guide.samples=9").round(0).path == lineage.round(0).path
+    assert changed("guide.checks.near=0.8").round(2).path != lineage.round(2).path
+    assert lineage.round(20).path != lineage.round(19).path
+
+
+def with_untrained_student(lineage: Lineage) -> None:
+    """Make seed and round 0, whose student has learned nothing: no training, and much to say."""
+    make_seed(lineage)
+    experiment = lineage.experiment
+    with make(lineage.round(0)) as draft:
+        model = load_untrained(experiment.student, experiment.task.label_names, seed=0)
+        model.save_pretrained(draft.folder / "model")
+        load_tokenizer(locate(experiment.student.model)).save_pretrained(draft.folder / "model")
+        report, _ = report_of(draft.folder / "model", lineage.seed.path, experiment)
+        (draft.folder / "report.json").write_text(json.dumps(asdict(report)))
+        draft.rows = Rows(taken=48, kept=48, rejected=0)
+
+
+def rows_of(lineage: Lineage, split: str) -> list[dict]:
+    return pq.read_table(lineage.corpus.path / split, columns=["text", "gold"]).to_pylist()
+
+
+def lay_out_written(lineage: Lineage, rows: list[dict]) -> None:
+    """Leave texts as a killed round would that had just written its last one."""
+    names, making = lineage.experiment.task.label_names, lineage.lessons(1).making
+    (making / "parts").mkdir(parents=True)
+    prompts = []
+    for name in names:
+        of_label = [row for row in rows if row["gold"] == name]
+        prompt_id = Round(1, 0).sample_id(names.index(name), 0)
+        written = [
+            {
+                "sample_id": f"{prompt_id}-{at}",
+                "prompt_id": prompt_id,
+                "label": name,
+                "seed": at,
+                "text": row["text"],
+                "finished": row.get("finished", True),
+                "logprobs": np.log(np.where(np.arange(6) == names.index(row["read"]), 0.8, 0.04)),
+                **dict.fromkeys(
+                    ("tokens", "prompt_tokens", "cached_tokens", "readout_tokens",
+                     "readout_cached_tokens"), 1),
+                "error": None,
+            }
+            for at, row in enumerate(of_label)
+        ]  # fmt: skip
+        pq.write_table(
+            pa.Table.from_pylist(written, schema.written(6)),
+            making / f"parts/{prompt_id}.parquet",
+        )
+        prompts.append(
+            {"prompt_id": prompt_id, "label": name, "first": 0, "samples": 1, "text": "Question:"}
+        )
+    pq.write_table(pa.Table.from_pylist(prompts, schema.PROMPTS), making / "prompts.parquet")
+
+
+def test_what_is_written_is_not_asked_for_again_and_every_text_is_kept_or_has_its_reason(
+    tmp_path, small_encoder
+):
+    lineage = prepared(
+        Run((f"runs={tmp_path}", "guide.seed_rows=100", f"student.model={small_encoder}"))
+    )
+    with_untrained_student(lineage)
+    shown = set(
+        read_seed(lineage.seed.path, [TRAIN, VALIDATION], lineage.experiment.task.label_names).texts
+    )
+    fresh = [row for row in rows_of(lineage, "unlabeled") if row["text"] not in shown][:200]
+    good = [row | {"read": row["gold"]} for row in fresh if len(row["text"].split()) > 4]
+    leak = rows_of(lineage, "test")[0]
+    other = next(row for row in rows_of(lineage, "validation") if row["gold"] != leak["gold"])
+    planted = {
+        "the same as a text of the test split": leak,
+        "the same as a text of the validation split": other | {"text": other["text"].upper()},
+        "no end": good[-1] | {"finished": False},
+        "the teacher reads another label": good[-2] | {"read": leak["gold"]},
+    }
+    if good[-2]["gold"] == leak["gold"]:
+        planted["the teacher reads another label"]["read"] = other["gold"]
+    bad = [{"read": row["gold"], **row} for row in planted.values()]
+    lay_out_written(lineage, [*good[:-2], *bad])
+
+    make_lessons(lineage, 1)
+
+    folder, manifest = lineage.lessons(1).path, lineage.lessons(1).manifest()
+    samples = pq.read_table(folder / "samples.parquet").to_pylist()
+    assert len(samples) == len(good) - 2 + 4 == manifest.rows.taken
+    dropped = {row["text"]: row["dropped"] for row in samples}
+    for reason, row in planted.items():
+        assert dropped[row["text"]] == reason
+    kept = pq.read_table(folder / "unlabeled").to_pylist()
+    assert [row["text"] for row in kept] == [
+        row["text"] for row in samples if row["dropped"] is None
+    ]
+    assert manifest.rows.kept == len(kept) > 0.7 * len(good)
+    assert sum(manifest.details["dropped"].values()) == manifest.rows.rejected
+    assert all(row["gold"] is None and row["confidence"] > 0.5 for row in kept)
+    card = (folder / "README.md").read_text()
+    assert f"{len(kept)} of {len(samples)} texts" in card
+    assert "| no end | 1 |" in card
+    assert not (folder / "parts").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
+def test_a_round_that_is_killed_ends_with_the_rows_of_an_unbroken_one(tmp_path, small_encoder):
+    overrides = (
+        "corpus.validation_fraction=0.02",
+        "corpus.test_fraction=0.02",
+        "evaluate.bootstrap_resamples=100",
+        *("guide.seed_rows=60", "guide.rounds=1", "guide.samples=24"),
+        *("guide.samples_per_prompt=4", "guide.checks.min_confidence=0.3"),
+        *(f"student.model={small_encoder}", "student.max_length=64", "train.epochs=2"),
+        *("train.num_workers=1", "teacher.actors.batches_in_flight=1"),
+    )
+    run = Run((f"runs={tmp_path / 'broken'}", *overrides))
+    broken = prepared(run)
+    with_untrained_student(broken)
+    unbroken = Lineage(load_experiment(QUICKSTART, [f"runs={tmp_path / 'unbroken'}", *overrides]))
+    shutil.copytree(broken.run, unbroken.run)
+
+    parts = broken.lessons(1).making / "parts"
+    with subprocess.Popen(
+        command("guide", str(QUICKSTART), *run.overrides),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as killed:
+        deadline = time.monotonic() + 300
+        while not list(parts.glob("[0-9]*.parquet")):
+            assert killed.poll() is None, "the job ended before it was killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(killed.pid, signal.SIGKILL)
+    time.sleep(3)  # What Ray had under way may still land.
+    assert 1 <= len(list(parts.glob("[0-9]*.parquet"))) < 6
+    done = run.job("guide")
+    assert done.returncode == 0, done.stderr
+    make_lessons(unbroken, 1)
+
+    columns = ["sample_id", "prompt_id", "seed", "text", "read_label", "student_label", "dropped"]
+    ours, other = (
+        pq.read_table(of.lessons(1).path / "samples.parquet", columns=columns).to_pylist()
+        for of in (broken, unbroken)
+    )
+    assert len(ours) == 24
+    assert ours == other
+    prompts = pq.read_table(broken.lessons(1).path / "prompts.parquet").column("prompt_id")
+    assert {row["prompt_id"] for row in ours} == set(prompts.to_pylist())
+    kept = pq.read_table(broken.lessons(1).path / "unlabeled")
+    assert kept.schema.names == schema.labels(6).names
+    assert kept.column("text").to_pylist() == [
+        row["text"] for row in ours if row["dropped"] is None
+    ]
+    assert broken.lessons(1).manifest().rows.kept == len(kept)
+    assert "a language model, round 1" in (broken.lessons(1).path / "README.md").read_text()
+
+    rounds = json.loads((broken.guided.path / "rounds.json").read_text())
+    assert [of["round"] for of in rounds] == [0, 1]
+    assert rounds[1]["training_rows"] == 48 + len(kept)
+    best = broken.guided.manifest().details["best_round"]
+    assert rounds[best]["loss"] == min(of["loss"] for of in rounds)
+    card = (broken.round(1).path / "model/README.md").read_text()
+    assert f"48 texts labelled by people and {len(kept)} written by a language model" in card
