@@ -28,7 +28,8 @@ from llkd_ray.serving.protocol import Refusal
 from llkd_ray.serving.student import StudentClassifier
 from llkd_ray.student.train import MODEL
 
-CONFIG = ServeSection(port=0)
+# As many wait here as come.
+CONFIG = ServeSection(port=0, max_queue_ms=60_000)
 LONG = "What is the meaning of a question that goes on " + "and on " * 400 + "?"
 
 

@@ -99,8 +99,8 @@ def student_app(
         StudentError: There is no student in the folder, or not in the form of `serve.backend`.
         ConfigError: The token's environment variable is empty.
     """
-    calibration = student_calibration(folder)
-    card = model_card("student", name, student_labels(folder), config, calibration)
+    labels = student_labels(folder)
+    card = model_card("student", name, labels, config, student_calibration(folder))
     open_model = open_student(folder, max_length, config)
     return endpoint_app(open_model, card, config, student_environment(config))
 
