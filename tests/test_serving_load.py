@@ -17,7 +17,6 @@ from llkd_ray.serving.deploy import running, student_app
 from llkd_ray.serving.ingress import environment_of, require_haproxy
 
 sys.path.insert(0, str(ROOT / "jobs/benchmarks"))
-import overload
 import served
 import serving_faults
 
@@ -96,15 +95,6 @@ def test_an_update_and_a_killed_replica_fail_no_request(ray_local, folder):  # n
         seen = asyncio.run(serving_faults.measure(url, folder, config, quick=True))
     assert seen["failed_requests_update"] == seen["failed_requests_kill"] == 0, seen
     assert seen["requests"] > 10
-
-
-@pytest.mark.slow
-def test_three_times_too_much_is_shed_and_forgotten(ray_local, folder):  # noqa: ARG001
-    with serve(folder) as url:
-        seen = asyncio.run(overload.measure(url, quick=True))
-    assert seen["other"] == 0, seen
-    assert 0.3 < seen["shed_share"] < 0.95
-    assert seen["recovered"]
 
 
 @pytest.mark.slow

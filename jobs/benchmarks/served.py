@@ -107,15 +107,19 @@ def endpoint(folder: Path, config: ServeSection) -> Iterator[str]:
         yield url
 
 
+# An idle one bears its actor's name, one that computes that of its class.
+_REPLICA = ("ray::SERVE_REPLICA", "ray::ServeReplica")
+
+
 def replicas() -> list[psutil.Process]:
     """Return the processes of the replicas below this one."""
-    return _below("ray::SERVE_REPLICA")
+    return _below(*_REPLICA)
 
 
 def memory_mb() -> float:
     """Return what replicas and proxies hold, in megabytes."""
     held = 0
-    for process in _below("ray::SERVE_REPLICA", "ray::ProxyActor", "haproxy"):
+    for process in _below(*_REPLICA, "ray::ProxyActor", "haproxy"):
         with contextlib.suppress(psutil.NoSuchProcess):
             held += process.memory_info().rss
     return held / 1e6
@@ -125,7 +129,8 @@ def _below(*titles: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name().startswith(titles):
+            # The title stands in the command line; the name is cut to 15 characters.
+            if any(title in " ".join(process.cmdline()) for title in titles):
                 found.append(process)
     return found
 
