@@ -40,7 +40,7 @@ def ledger_of(run: Run) -> pa.Table:
     return pa.concat_tables([ledger.columns.empty_table(), *map(pq.read_table, sorted(files))])
 
 
-TOO_LONG = [f"What is it that {number} ? " + "and on " * 60 for number in range(3)]
+TOO_LONG = [f"What is it that {number} ? " + "and on " * 60 + "?" for number in range(3)]
 
 
 def on_questions(run: Run, texts: Sequence[str], *more: str) -> Run:

@@ -3,6 +3,7 @@
 import re
 import time
 import urllib.request
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,16 @@ def scrape() -> str:
         return str(response.read(), "utf-8")
 
 
-def total(exported: str, name: str) -> float:
-    """Sum a metric over its labels; NaN where it is not exported."""
-    values = re.findall(rf"^{name}(?:_total)?(?:{{[^}}]*}})? (\S+)$", exported, re.MULTILINE)
-    return sum(map(float, values)) if values else float("nan")
+def workers(exported: str) -> set[str]:
+    """Return the workers that export anything: other tests' live in the same Ray."""
+    return set(re.findall(r'WorkerId="(\w+)"', exported))
+
+
+def total(exported: str, name: str, others: Set[str] = frozenset()) -> float:
+    """Sum a metric over its labels, those of other workers aside; NaN where there is none."""
+    lines = re.findall(rf"^{name}(?:_total)?({{[^}}]*}})? (\S+)$", exported, re.MULTILINE)
+    values = [float(value) for labels, value in lines if not workers(labels) & others]
+    return sum(values) if values else float("nan")
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -54,6 +61,7 @@ def test_prometheus_sees_the_rows_of_a_teacher_and_the_tokens_of_its_engine(
     opening = Opening.of(experiment)
     prompt = opening.prompt()
     assert prompt is not None
+    others = workers(scrape())
     environment = engine_environment(experiment.teacher.engine, threads=2)
     actor: Any = (
         ray.remote(TeacherActor)
@@ -71,7 +79,7 @@ def test_prometheus_sees_the_rows_of_a_teacher_and_the_tokens_of_its_engine(
     }
     # Workers report to the agent every few seconds.
     deadline = time.monotonic() + 60
-    while {name: total(exported := scrape(), name) for name in expected} != expected:
+    while {name: total(exported := scrape(), name, others) for name in expected} != expected:
         assert time.monotonic() < deadline, exported[-4000:]
         time.sleep(2)
     ray.kill(actor)

@@ -75,6 +75,7 @@ def test_says_what_it_is_and_how_much_it_takes(client):
         "max_texts": 4,
         "max_text_chars": 200,
         "max_body_bytes": 20_000,
+        "calibration": "none",
     }
 
 
