@@ -2,12 +2,16 @@
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from llkd_ray.bench.machine import this_machine
 from llkd_ray.errors import LLKDError
+
+JOBS = Path(__file__).parents[1]
 
 
 def parser_of(summary: str | None, quick: str) -> argparse.ArgumentParser:
@@ -39,6 +43,17 @@ def _cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def job(verb: str, experiment: Path, overrides: Sequence[str]) -> None:
+    """Run a job of the project, as a user would.
+
+    Raises:
+        LLKDError: It has failed; it has said why.
+    """
+    command = [sys.executable, str(JOBS / f"{verb}.py"), str(experiment), *overrides]
+    if subprocess.run(command, check=False).returncode:
+        raise LLKDError(f"jobs/{verb}.py has failed for {experiment.stem}")
 
 
 def run(benchmark: Callable[[], dict[str, Any]]) -> int:

@@ -14,7 +14,6 @@ task.examples are among them, so the student alone has all the gold that the tea
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,10 +24,10 @@ from typing import Any
 import figures
 
 from llkd_ray.config import load_experiment
-from llkd_ray.errors import CorpusError, LLKDError
+from llkd_ray.errors import CorpusError
 from llkd_ray.lineage import Lineage
 
-JOBS = Path(__file__).parents[1]
+JOBS = figures.JOBS
 # Shares of train.parquet for about 180 validation rows, which are not used, and 500 test rows.
 SPLITS = {
     "trec6": (0.0367, 0.12),
@@ -88,7 +87,7 @@ def measure(
     for folder in folders:
         common = [*overrides_of(folder, runs), *more]
         experiment = JOBS / f"configs/{folder.name}.toml"
-        job("prepare", experiment, common)
+        figures.job("prepare", experiment, common)
         for rows in seed_rows:
             lines: dict[str, Any] = {}
             for variant in variants:
@@ -131,17 +130,6 @@ def overrides_of(folder: Path, runs: Path) -> list[str]:
     ]
 
 
-def job(verb: str, experiment: Path, overrides: list[str]) -> None:
-    """Run a job.
-
-    Raises:
-        LLKDError: It has failed; it has said why.
-    """
-    command = [sys.executable, str(JOBS / f"{verb}.py"), str(experiment), *overrides]
-    if subprocess.run(command, check=False).returncode:
-        raise LLKDError(f"jobs/{verb}.py has failed for {experiment.stem}")
-
-
 def teacher_of(experiment: Path, overrides: list[str]) -> dict[str, Any]:
     """Label the test rows, and 200 others to calibrate on, and return the teacher's scores."""
     settings = [
@@ -152,7 +140,7 @@ def teacher_of(experiment: Path, overrides: list[str]) -> dict[str, Any]:
     if load_experiment(experiment, settings).task.examples_source is not None:
         # Gold rows beside the seed would be shown.
         return {}
-    job("label", experiment, settings)
+    figures.job("label", experiment, settings)
     made = Lineage(load_experiment(experiment, settings)).labels.manifest()
     of_test = made.details["quality"]["batch"]["test"]
     return {name: round(of_test[name], 4) for name in FIGURES}
@@ -160,7 +148,7 @@ def teacher_of(experiment: Path, overrides: list[str]) -> dict[str, Any]:
 
 def guided_of(experiment: Path, overrides: list[str]) -> list[dict[str, Any]]:
     """Guide a student and return what its rounds came to."""
-    job("guide", experiment, overrides)
+    figures.job("guide", experiment, overrides)
     made = Lineage(load_experiment(experiment, overrides)).guided
     rounds: list[dict[str, Any]] = json.loads((made.path / "rounds.json").read_text("utf-8"))
     return rounds

@@ -17,15 +17,15 @@ blocks by its own words, so that its text and its token ids are the same to vLLM
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import figures
+from companion import Companion, answer
 
 from llkd_ray.config import Experiment, VLLMTeacher, load_experiment
 from llkd_ray.errors import LLKDError
@@ -73,17 +73,17 @@ def measure(rows: int, default_rows: int, rounds: int) -> dict[str, Any]:
         tokens = list(prompt.readout.branches[0].tokens)
         print(f"{len(texts)} rows, {len(prompts[0])} tokens in the first prompt", flush=True)
         stage_rates, bare_rates, tokenized_rates, stage_tokens = [], [], [], 0.0
-        bare = Bare(experiment, {"prompts": prompts, "texts": written, "tokens": tokens})
+        alone = bare(experiment, {"prompts": prompts, "texts": written, "tokens": tokens})
         try:
             for number in range(rounds):
-                bare_rates.append(bare.rate("texts"))
+                bare_rates.append(alone.ask("texts"))
                 with ray_session(experiment.ray):
                     answered = _stage(Path(folder), number, corpus, opening)
                 stage_rates.append(answered.rows_per_s)
                 stage_tokens = answered.tokens_per_s / answered.rows_per_s
                 hit_rate = answered.cached_tokens / answered.prompt_tokens
-                bare_rates.append(bare.rate("texts"))
-                tokenized_rates.append(bare.rate("prompts"))
+                bare_rates.append(alone.ask("texts"))
+                tokenized_rates.append(alone.ask("prompts"))
                 print(
                     f"round {number + 1}: stage {stage_rates[-1]:.1f} rows/s, bare vLLM before and "
                     f"after {bare_rates[-2]:.1f} and {bare_rates[-1]:.1f}, from token ids "
@@ -91,7 +91,7 @@ def measure(rows: int, default_rows: int, rounds: int) -> dict[str, Any]:
                     flush=True,
                 )
         finally:
-            bare.close()
+            alone.close()
         default = default_layout_rate(experiment, texts[:default_rows], tokens)
         flops_per_s = matmul_flops_per_s(experiment)
     stage, plain, tokenized = map(_mean, (stage_rates, bare_rates, tokenized_rates))
@@ -169,68 +169,36 @@ def _written(opening: Any, prompts: list[list[int]]) -> list[str]:
     return written
 
 
-class Bare:
-    """vLLM by itself in a process of its own, which answers with its rate when asked."""
+def bare(experiment: Experiment, work: dict[str, Any], **engine: Any) -> Companion:
+    """Start vLLM by itself; it answers with rows/s for the form in which it gets the prompts.
 
-    def __init__(self, experiment: Experiment, work: dict[str, Any], **engine: Any) -> None:
-        from llkd_ray.teacher.engine import engine_arguments, engine_environment
-        from llkd_ray.teacher.pretrained import teacher_folder
+    Args:
+        experiment: The teacher.
+        work: Prompts as token ids (`prompts`), perhaps as text (`texts`), and label tokens.
+        engine: Arguments in place of the experiment's; None for vLLM's own.
+    """
+    from llkd_ray.teacher.engine import engine_arguments, engine_environment
+    from llkd_ray.teacher.pretrained import teacher_folder
 
-        teacher = experiment.teacher
-        assert isinstance(teacher, VLLMTeacher)
-        arguments = {**engine_arguments(teacher.engine), **engine}
-        work = {
-            **work,
-            "model": str(teacher_folder(teacher.model, experiment.cache)),
-            "engine": {key: value for key, value in arguments.items() if value is not None},
-        }
-        environment = engine_environment(teacher.engine, teacher.actors.threads)
-        del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--bare"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment},
-        )
-        self._tell(json.dumps(work))
-        self._hear()
-
-    def rate(self, form: Literal["texts", "prompts"]) -> float:
-        """Return rows per second, with what the prompts share in the cache alone.
-
-        Args:
-            form: Whether they are handed over as text or as token ids.
-        """
-        self._tell(form)
-        return float(self._hear())
-
-    def close(self) -> None:
-        """End the process and its engine."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        self._process.wait(timeout=60)
-
-    def _tell(self, line: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-
-    def _hear(self) -> str:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("bare:"):
-                return line.removeprefix("bare:").strip()
-        raise RuntimeError("vLLM ended before it answered")
+    teacher = experiment.teacher
+    assert isinstance(teacher, VLLMTeacher)
+    arguments = {**engine_arguments(teacher.engine), **engine}
+    work = {
+        **work,
+        "model": str(teacher_folder(teacher.model, experiment.cache)),
+        "engine": {key: value for key, value in arguments.items() if value is not None},
+    }
+    environment = engine_environment(teacher.engine, teacher.actors.threads)
+    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    return Companion([__file__, "--bare"], work, environment)
 
 
-def serve_bare() -> None:
-    """Be the process behind `Bare`."""
+def open_bare(work: dict[str, Any]) -> Callable[[str], float]:
+    """Get vLLM ready in the process behind `bare`."""
     from vllm import LLM, SamplingParams
 
     from llkd_ray.teacher.engine import sampling_arguments
 
-    work = json.loads(sys.stdin.readline())
     llm = LLM(model=work["model"], **work["engine"])
     sampling = SamplingParams(**sampling_arguments(work["tokens"]))
     forms = {
@@ -238,14 +206,17 @@ def serve_bare() -> None:
         "texts": work.get("texts"),
     }
     llm.generate(forms["prompts"][:64], sampling, use_tqdm=False)
-    print("bare: ready", flush=True)
-    for line in sys.stdin:
-        prompts = forms[line.strip()]
+
+    def rate(form: str) -> float:
+        """Return rows per second, with what the prompts share in the cache alone."""
+        prompts = forms[form]
         llm.reset_prefix_cache()
         llm.generate(prompts[:1], sampling, use_tqdm=False)
         started = time.perf_counter()
         llm.generate(prompts, sampling, use_tqdm=False)
-        print(f"bare: {len(prompts) / (time.perf_counter() - started)}", flush=True)
+        return len(prompts) / (time.perf_counter() - started)
+
+    return rate
 
 
 def default_layout_rate(experiment: Experiment, texts: list[str], tokens: list[int]) -> float:
@@ -264,11 +235,11 @@ def default_layout_rate(experiment: Experiment, texts: list[str], tokens: list[i
         tokenizer(f"{task.text_prefix} {text}\n\n{prefix}{task.label_prefix}")["input_ids"]
         for text in texts
     ]
-    bare = Bare(experiment, {"prompts": prompts, "tokens": tokens}, block_size=None)
+    alone = bare(experiment, {"prompts": prompts, "tokens": tokens}, block_size=None)
     try:
-        return bare.rate("prompts")
+        return alone.ask("prompts")
     finally:
-        bare.close()
+        alone.close()
 
 
 def matmul_flops_per_s(experiment: Experiment) -> float:
@@ -323,7 +294,7 @@ def main() -> int:
     parser.add_argument("--bare", action="store_true", help="internal: vLLM by itself")
     arguments = parser.parse_args()
     if arguments.bare:
-        serve_bare()
+        answer(open_bare)
         return 0
     rows, default_rows, rounds = (960, 24, 1) if arguments.quick else (1920, 256, 3)
     return figures.run(lambda: measure(rows, default_rows, rounds))

@@ -60,11 +60,12 @@ def student_in(folder: Path | None) -> Iterator[Path]:
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="llkd-") as made:
-        yield make_student(Path(made))
+        _, onnx = make_student(Path(made))
+        yield onnx
 
 
-def make_student(folder: Path) -> Path:
-    """Export an untrained student to ONNX; return its folder."""
+def make_student(folder: Path) -> tuple[Path, Path]:
+    """Make an untrained student; return its folders, plain and for ONNX Runtime."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -87,7 +88,7 @@ def make_student(folder: Path) -> Path:
         section=ExportSection(int8=False),
         max_length=MAX_LENGTH,
     )
-    return folder / "onnx"
+    return plain, folder / "onnx"
 
 
 def questions() -> list[str]:

@@ -16,8 +16,8 @@ encoder with a fresh head, which is as fast as a trained one.
 
 import argparse
 import contextlib
+import functools
 import importlib.util
-import json
 import os
 import signal
 import socket
@@ -26,22 +26,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
 
 import figures
 import httpx
+import served
+from companion import Companion, answer
 
-from llkd_ray import embedded
 from llkd_ray.bench.load import measure
 from llkd_ray.bench.session import Target
 from llkd_ray.config import (
     BenchSection,
-    EncoderStudent,
     Experiment,
-    ExportSection,
     ProtocolName,
     RaySection,
     ServeSection,
@@ -56,7 +55,6 @@ MAX_LENGTH = 128
 START_S = 300
 # As our own passes: larger ones compute more for padding.
 PIPELINE_BATCH = 16
-INTERNAL = {"--pipeline": "serve_pipeline", "--alone": "answer_alone"}
 
 
 def trained(experiment: Experiment) -> tuple[Path, Path]:
@@ -70,30 +68,6 @@ def trained(experiment: Experiment) -> tuple[Path, Path]:
 
     lineage = Lineage(experiment)
     return lineage.student().require().path / MODEL, lineage.onnx.require().path / MODEL
-
-
-def untrained(folder: Path, texts: list[str]) -> tuple[Path, Path]:
-    """Make the embedded encoder with a fresh head, plain and for ONNX Runtime."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from llkd_ray import schema
-    from llkd_ray.student.model import load_tokenizer, load_untrained, locate
-    from llkd_ray.student.onnx import export_onnx
-
-    section = EncoderStudent()
-    plain, onnx, corpus = folder / "plain", folder / "onnx", folder / "corpus"
-    load_untrained(section, ("a", "b", "c", "d", "e", "f"), seed=0).save_pretrained(plain)
-    load_tokenizer(locate(section.model)).save_pretrained(plain)
-    (corpus / "unlabeled").mkdir(parents=True)
-    rows = [{"row_id": f"{n:032x}", "text": text} for n, text in enumerate(texts[:32])]
-    pq.write_table(
-        pa.Table.from_pylist(rows, schema.TEXT), corpus / "unlabeled/shard-00000.parquet"
-    )
-    export_onnx(
-        plain, onnx, corpus=corpus, section=ExportSection(int8=False), max_length=MAX_LENGTH
-    )
-    return plain, onnx
 
 
 def compare(
@@ -122,7 +96,8 @@ def compare(
     alone_rates: list[float] = []
     found: dict[str, list[tuple[float, float]]] = {}
     with contextlib.ExitStack() as stack:
-        alone = stack.enter_context(Alone(onnx, texts))
+        in_process = alone(onnx, texts)
+        stack.callback(in_process.close)
         targets = [*others]
         for name, protocol, command, environment in servers(plain):
             url = stack.enter_context(started(name, command, environment))
@@ -134,7 +109,7 @@ def compare(
         targets.insert(0, Target("llkd_ray", stack.enter_context(running(app, serve))))
         for number in range(rounds):
             for target in targets:
-                alone_rates.append(alone.rate())
+                alone_rates.append(in_process.ask("rate"))
                 latency_ms, rate = speeds(target, texts, bench)
                 found.setdefault(target.name, []).append((latency_ms, rate))
                 print(
@@ -144,16 +119,16 @@ def compare(
                 )
     p50_ms = {name: statistics.median(p50 for p50, _ in pairs) for name, pairs in found.items()}
     rates = {name: statistics.median(rate for _, rate in pairs) for name, pairs in found.items()}
-    in_process = statistics.median(alone_rates)
-    lines = [["in process", None, in_process, 1.0]]
-    lines += [[name, p50_ms[name], rates[name], rates[name] / in_process] for name in found]
+    alone_rate = statistics.median(alone_rates)
+    lines = [["in process", None, alone_rate, 1.0]]
+    lines += [[name, p50_ms[name], rates[name], rates[name] / alone_rate] for name in found]
     print(figures.table(["", "p50 ms", "texts/s", "over in process"], lines))
     ours, *peers = found
     return {
-        "http_over_inprocess": round(rates[ours] / in_process, 3),
+        "http_over_inprocess": round(rates[ours] / alone_rate, 3),
         "p50_over_best_peer": round(p50_ms[ours] / min(p50_ms[name] for name in peers), 3),
         "batch64_over_best_peer": round(rates[ours] / max(rates[name] for name in peers), 3),
-        "inprocess_texts_per_s": round(in_process, 1),
+        "inprocess_texts_per_s": round(alone_rate, 1),
         "p50_ms": {name: round(value, 2) for name, value in p50_ms.items()},
         "texts_per_s": {name: round(value, 1) for name, value in rates.items()},
         "rounds": rounds,
@@ -276,70 +251,29 @@ def serve_pipeline(folder: str, port: str) -> None:
     uvicorn.run(app, host="127.0.0.1", port=int(port), log_level="warning")
 
 
-class Alone:
-    """The student without HTTP, in a process of its own, which answers with its rate when asked."""
-
-    def __init__(self, onnx: Path, texts: list[str]) -> None:
-        environment = {**os.environ, "RAYON_NUM_THREADS": str(THREADS)}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--alone", str(onnx)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        self._tell(json.dumps(texts))
-        self._hear()
-
-    def __enter__(self) -> "Alone":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-
-    def rate(self) -> float:
-        """Return texts per second over calls of 64 texts."""
-        self._tell("go")
-        return float(self._hear())
-
-    def _tell(self, line: str) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-
-    def _hear(self) -> str:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("alone:"):
-                return line.removeprefix("alone:").strip()
-        raise RuntimeError("the student's own process ended before it answered")
+def alone(onnx: Path, texts: list[str]) -> Companion:
+    """Start the student without HTTP; it answers with texts/s over calls of 64 texts."""
+    return Companion([__file__, "--alone", str(onnx)], texts, {"RAYON_NUM_THREADS": str(THREADS)})
 
 
-def answer_alone(onnx: str) -> None:
-    """Be the process behind `Alone`."""
+def open_alone(onnx: str, texts: list[str]) -> Callable[[str], float]:
+    """Get the student ready in the process behind `alone`."""
     from llkd_ray.serving.student import StudentClassifier
 
     serve = ServeSection(threads_per_replica=THREADS)
     student = StudentClassifier(Path(onnx), MAX_LENGTH, serve)
-    texts = json.loads(sys.stdin.readline())
     batches = [texts[start : start + BATCH] for start in range(0, len(texts) - BATCH + 1, BATCH)]
     student.probabilities(batches[0])
-    print("alone: ready", flush=True)
-    for _ in sys.stdin:
+
+    def rate(_question: str) -> float:
         began, answered = time.perf_counter(), 0
         while time.perf_counter() - began < 3:
             for batch in batches[:4]:
                 student.probabilities(batch)
                 answered += len(batch)
-        print(f"alone: {answered / (time.perf_counter() - began)}", flush=True)
+        return answered / (time.perf_counter() - began)
 
-
-def questions() -> list[str]:
-    """Return distinct real texts."""
-    lines = embedded.locate(embedded.CORPORA["trec"]).read_text(encoding="latin-1").splitlines()
-    return list(dict.fromkeys(line.partition(" ")[2] for line in lines if " " in line))[:2048]
+    return rate
 
 
 def peer_of(argument: str) -> Target:
@@ -357,9 +291,13 @@ def _end(_signal: int, _frame: FrameType | None) -> None:
 
 
 def main() -> int:
-    if sys.argv[1:2] and sys.argv[1] in INTERNAL:  # We are one of the processes measured.
-        globals()[INTERNAL[sys.argv[1]]](*sys.argv[2:])
-        return 0
+    match sys.argv[1:]:  # We may be one of the processes measured.
+        case ["--pipeline", folder, port]:
+            serve_pipeline(folder, port)
+            return 0
+        case ["--alone", onnx]:
+            answer(functools.partial(open_alone, onnx))
+            return 0
     signal.signal(signal.SIGTERM, _end)
     parser = figures.parser_of(__doc__, "one round, fewer requests, within four minutes")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -376,13 +314,13 @@ def main() -> int:
     )
 
     def benchmark() -> dict[str, Any]:
-        texts = questions()
+        texts = served.questions()[:2048]
         with tempfile.TemporaryDirectory() as folder:
             if arguments.runs:
                 experiment = load_experiment(QUICKSTART, [f"runs={arguments.runs}"])
                 plain, onnx = trained(experiment)
             else:
-                plain, onnx = untrained(Path(folder), texts)
+                plain, onnx = served.make_student(Path(folder))
             rounds = 1 if arguments.quick else 3
             return compare(plain, onnx, texts, arguments.peer, rounds=rounds, bench=bench)
 

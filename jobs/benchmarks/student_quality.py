@@ -14,7 +14,6 @@ other cores.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,10 +23,10 @@ from typing import Any
 import figures
 
 from llkd_ray.config import RULES, load_experiment
-from llkd_ray.errors import CorpusError, LLKDError
+from llkd_ray.errors import CorpusError
 from llkd_ray.lineage import Lineage
 
-JOBS = Path(__file__).parents[1]
+JOBS = figures.JOBS
 # Shares of train.parquet, so that about 180 rows are validation and 500 are test.
 SPLITS = {
     "trec6": (0.0367, 0.12),
@@ -113,12 +112,12 @@ def compared(
     ]
     own = [name for name in variants if name in RULES]
     others = {name: VARIANTS[name] for name in variants if name not in RULES}
-    job("prepare", experiment, overrides)
+    figures.job("prepare", experiment, overrides)
     # Each way to calibrate, and each number of rows, is a labels artifact; one ledger is behind.
-    job("label", experiment, overrides)
+    figures.job("label", experiment, overrides)
     for of_labels in sorted({settings[1] for settings in others.values()}):
         if not of_labels.startswith("train."):
-            job("label", experiment, [*overrides, of_labels])
+            figures.job("label", experiment, [*overrides, of_labels])
     overrides += [
         *TRAINING,
         f"train.steps={steps}",
@@ -129,20 +128,9 @@ def compared(
             for name, settings in others.items()
         ),
     ]  # fmt: skip
-    job("compare", experiment, overrides)
+    figures.job("compare", experiment, overrides)
     made = Lineage(load_experiment(experiment, overrides)).comparison
     return lines_of(json.loads((made.path / "table.json").read_text(encoding="utf-8")))
-
-
-def job(verb: str, experiment: Path, overrides: list[str]) -> None:
-    """Run a job.
-
-    Raises:
-        LLKDError: It has failed; it has said why.
-    """
-    command = [sys.executable, str(JOBS / f"{verb}.py"), str(experiment), *overrides]
-    if subprocess.run(command, check=False).returncode:
-        raise LLKDError(f"jobs/{verb}.py has failed for {experiment.stem}")
 
 
 def lines_of(table: dict[str, Any]) -> dict[str, dict[str, float]]:
