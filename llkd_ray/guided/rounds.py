@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from llkd_ray.artifacts import Rows, make, write_text
 from llkd_ray.config import rule_named
@@ -26,8 +25,7 @@ from llkd_ray.guided.seed import TRAIN, write_seed
 from llkd_ray.guided.sift import Sources
 from llkd_ray.lineage import Lineage
 from llkd_ray.student import train
-from llkd_ray.student.evaluate import predict
-from llkd_ray.student.scores import Outcome, score
+from llkd_ray.student.scores import score_student
 
 _log = logging.getLogger(__name__)
 _LABELS = "labels"
@@ -177,37 +175,17 @@ def _origin(lineage: Lineage, number: int) -> str:
 
 def _on_test(lineage: Lineage, student: Path) -> dict[str, Any] | None:
     """Score a student on the gold test rows; None where there are none."""
-    experiment = lineage.experiment
-    names = experiment.task.label_names
-    test = lineage.corpus.path / "test"
-    gold = {
-        row["row_id"]: names.index(row["gold"])
-        for path in read_shards(test)
-        for row in pq.read_table(path, columns=["row_id", "gold"]).to_pylist()
-        if row["gold"] is not None
-    }
-    if not gold:
+    experiment, corpus = lineage.experiment, lineage.corpus
+    if not corpus.manifest().details["test"]:
         return None
-    truth: list[int] = []
-    asked = []
-    for ids, probabilities in predict(
+    found = score_student(
+        corpus.path / "test",
         student,
-        test,
-        names,
+        label_names=experiment.task.label_names,
+        section=experiment.evaluate,
         max_length=experiment.student.max_length,
         batch_size=experiment.train.scoring_batch_size,
-    ):
-        known = [at for at, id_ in enumerate(ids) if id_ in gold]
-        truth += [gold[ids[at]] for at in known]
-        asked.append(probabilities[known])
-    answers = np.concatenate(asked)
-    confidence = answers.max(axis=1).astype(np.float64)
-    outcome = Outcome(
-        gold=np.array(truth, dtype=np.int64),
-        predicted=answers.argmax(axis=1),
-        confidence=confidence,
-        as_trained=confidence,  # A round's student has no temperature of its own.
+        seed=experiment.seed,
     )
-    found = score(outcome, len(names), experiment.evaluate, experiment.seed)
     tree: dict[str, Any] = found.model_dump()
     return tree

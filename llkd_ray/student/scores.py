@@ -44,7 +44,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class _Outcome:
     """One model's answers to the gold test rows, in the order of the shards."""
 
     gold: Ints
@@ -118,11 +118,39 @@ def score_models(
             for name, answers in models.items()
         }
     scores = {
-        name: score(outcome, len(label_names), section, seed, temperatures.get(name))
+        name: _score(outcome, len(label_names), section, seed, temperatures.get(name))
         for name, outcome in outcomes.items()
     }
     _write_json(out / "scores.json", {name: score.model_dump() for name, score in scores.items()})
     return Scored(rows, scores)
+
+
+def score_student(
+    test: Path,
+    student: Path,
+    *,
+    label_names: Sequence[str],
+    section: EvaluateSection,
+    max_length: int,
+    batch_size: int,
+    seed: int,
+) -> schema.ModelScore:
+    """Score one student by itself, on the rows that have gold; see `score_models`.
+
+    Reads:
+        test/shard-*.parquet: row_id, text, gold.
+
+    Raises:
+        ArtifactError: No row has gold.
+        StudentError: The student cannot be loaded, or tells other classes apart.
+    """
+    gold, _ = _gold_of(test, label_names)
+    answers = predict(student, test, label_names, max_length=max_length, batch_size=batch_size)
+    temperature = read_temperature(student)
+    outcome = _collect(
+        student.name, answers, gold, label_names, writer=None, temperature=temperature
+    )
+    return _score(outcome, len(label_names), section, seed, temperature)
 
 
 def _gold_of(test: Path, label_names: Sequence[str]) -> tuple[dict[str, int], Rows]:
@@ -174,10 +202,10 @@ def _collect(
     gold: Mapping[str, int],
     label_names: Sequence[str],
     *,
-    writer: pq.ParquetWriter,
+    writer: pq.ParquetWriter | None,
     temperature: Temperature | None,
-) -> Outcome:
-    """Write one model's predictions and keep what scoring needs."""
+) -> _Outcome:
+    """Write one model's predictions, if there is a writer, and keep what scoring needs."""
     num_classes = len(label_names)
     parts = []
     for row_ids, probabilities in answers:
@@ -189,6 +217,8 @@ def _collect(
         before = as_trained(chosen, temperature or UNCHANGED)
         confidences = [shares.max(axis=1, initial=0.0) for shares in (chosen, before)]
         parts.append((truth, predicted, *(part.astype(np.float64) for part in confidences)))
+        if writer is None:
+            continue
         flat = pa.array(chosen.ravel(), pa.float32())
         writer.write_table(
             pa.table(
@@ -202,15 +232,15 @@ def _collect(
                 schema=schema.predictions(num_classes),
             )
         )
-    return Outcome(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return _Outcome(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def score(
-    outcome: Outcome,
+def _score(
+    outcome: _Outcome,
     num_classes: int,
     section: EvaluateSection,
     seed: int,
-    temperature: Temperature | None = None,
+    temperature: Temperature | None,
 ) -> schema.ModelScore:
     """Score one model's answers, with bootstrap intervals."""
     gold, predicted = outcome.gold, outcome.predicted
