@@ -9,6 +9,7 @@ Shape legend: N rows, C classes.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -129,6 +130,9 @@ def set_temperature(student: Path, temperature: Temperature) -> None:
     if head.bias is not None:
         head.bias.data /= temperature.value
     setattr(model.config, _KEY, asdict(temperature))
+    if not torch.cuda.is_available():
+        # Saving makes transformers import DeepSpeed, which otherwise warns that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.disable_progress_bar()  # Of a file that takes no time.
     try:
         model.save_pretrained(student)
