@@ -17,7 +17,6 @@ from conftest import QUICKSTART, ROOT, Run, command
 from llkd_ray import schema
 from llkd_ray.artifacts import Rows, make
 from llkd_ray.config import Label, load_experiment
-from llkd_ray.corpus import prepare
 from llkd_ray.errors import ConfigError, TeacherError
 from llkd_ray.guided.asking import report_of
 from llkd_ray.guided.lessons import opening_of, writer_of
@@ -82,11 +81,9 @@ def test_a_sample_has_its_own_seed_whoever_draws_it():
 
 
 def prepared(run: Run, *more: str) -> Lineage:
-    lineage = Lineage(load_experiment(QUICKSTART, [*run.overrides, *more]))
-    with make(lineage.corpus) as draft:
-        experiment = lineage.experiment
-        draft.rows = prepare(experiment.corpus, experiment.task, draft.folder).rows
-    return lineage
+    of = Run((*run.overrides, *more))
+    of.stage("prepare")
+    return of.lineage
 
 
 def test_the_seed_is_gold_and_its_parts_are_disjoint_and_hold_the_examples(run):
