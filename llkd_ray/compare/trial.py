@@ -21,10 +21,10 @@ from llkd_ray.artifacts import write_text
 from llkd_ray.corpus import read_shards
 from llkd_ray.errors import ArtifactError
 from llkd_ray.metrics import Ints
-from llkd_ray.student.checkpoint import STUDENT
-from llkd_ray.student.evaluate import predict
+from llkd_ray.student.batches import Share, read_rows
 from llkd_ray.student.loop import train_worker
-from llkd_ray.student.worker import Context, Work
+from llkd_ray.student.model import load_tokenizer, locate
+from llkd_ray.student.worker import Context, Work, Worker, score
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,22 @@ def run_trial(work: Work, test: Path, out: Path) -> None:
     epochs: list[dict[str, Any]] = []
     predicted: list[Ints] = []
 
-    def report(row: dict[str, Any] | None, folder: Path, _name: str) -> None:
-        if row is not None:
-            epochs.append(row)
-            predicted.append(_answers(folder / STUDENT, test, work))
+    test_rows = read_rows(
+        test,
+        load_tokenizer(locate(work.student.model)),
+        work.student.max_length,
+        work.label_names,
+        share=Share(0, 1, lanes=1),
+        gold_only=True,
+    )
 
-    gpu = work.train.use_gpu and torch.cuda.is_available()
-    audit = train_worker(
-        Context(0, 1, torch.device("cuda" if gpu else "cpu"), report, restored=None), work
-    ).audit
+    def look(worker: Worker, row: dict[str, Any]) -> None:
+        epochs.append(row)
+        answers = score(worker, test_rows, np.arange(len(test_rows)))
+        predicted.append(answers.argmax(axis=1))
+
+    device = torch.device("cuda" if work.train.use_gpu and torch.cuda.is_available() else "cpu")
+    audit = train_worker(Context(0, 1, device, report=None, restored=None, look=look), work).audit
     np.savez_compressed(out.with_suffix(".npz"), predicted=np.stack(predicted))
     seconds = round(time.perf_counter() - started, 3)
     tree = {"epochs": epochs, "audit": list(audit), "seconds": seconds}
@@ -104,21 +111,3 @@ def read_gold(test: Path, label_names: tuple[str, ...]) -> tuple[Ints, Ints]:
             'corpus.test_fraction a share, corpus.gold_column a name, and teacher.splits "test"'
         )
     return np.array(gold, dtype=np.int64), np.array(label, dtype=np.int64)
-
-
-def _answers(student: Path, test: Path, work: Work) -> Ints:
-    """Return the student's labels of the gold test rows, [N]."""
-    answers = predict(
-        student,
-        test,
-        work.label_names,
-        max_length=work.student.max_length,
-        batch_size=work.train.scoring_batch_size,
-    )
-    predicted = np.concatenate([probabilities.argmax(axis=1) for _, probabilities in answers])
-    known = [
-        pc.is_valid(pq.read_table(shard, columns=["gold"])["gold"]).to_numpy()
-        for shard in read_shards(test)
-    ]
-    of_gold: Ints = predicted[np.concatenate(known)]
-    return of_gold

@@ -70,6 +70,8 @@ def train_worker(context: Context, work: Work) -> Progress:
         )
     while not _is_over(work.train, progress):
         progress = _run_epoch(worker, progress, memory)
+        if context.look is not None:
+            context.look(worker, progress.epochs[-1])
         _report(worker, progress, memory, progress.epochs[-1])
     if not progress.steps:
         raise StudentError(
@@ -290,6 +292,9 @@ def _maybe_checkpoint(
 def _report(
     worker: Worker, progress: Progress, memory: RowMemory, row: dict[str, Any] | None
 ) -> None:
+    report = worker.context.report
+    if report is None:
+        return
     epoch = progress.epoch if row is not None else progress.epoch + 1
     name = f"epoch-{epoch:04d}" + ("" if row is not None else f"-step-{progress.cursor:06d}")
     with tempfile.TemporaryDirectory(prefix="llkd_ray-") as folder:
@@ -303,4 +308,4 @@ def _report(
             average=worker.average,
             rank=worker.context.rank,
         )
-        worker.context.report(row, Path(folder), name)
+        report(row, Path(folder), name)

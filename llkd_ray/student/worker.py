@@ -32,14 +32,16 @@ class Context:
     world_size: int
     """Workers, each with a torch.distributed process group around it."""
     device: torch.device
-    report: Callable[[dict[str, Any] | None, Path, str], None]
+    report: Callable[[dict[str, Any] | None, Path, str], None] | None
     """Takes the epoch's row of schema.EPOCHS (None within an epoch), this worker's part of the
     checkpoint, which is gone after the call, and the checkpoint's name. A barrier: every worker
-    reports equally often."""
+    reports equally often. None to write no checkpoint."""
     restored: Path | None
     """A whole checkpoint to go on from."""
     signals: Path | None = None
     """Folder, shared by the workers, for what the rows looked like; None to write nothing."""
+    look: Callable[["Worker", dict[str, Any]], None] | None = None
+    """Takes the worker and the row of each epoch at its end, to ask the student more."""
 
 
 @dataclass(frozen=True)
