@@ -81,7 +81,7 @@ def cascade(experiment: Experiment) -> None:
     with make(artifact) as draft:
         measured = measure(
             labels,
-            lineage.student().require().path / MODEL,
+            lineage.own.require().path / MODEL,
             draft.folder,
             label_names=experiment.task.label_names,
             calibration=calibration,

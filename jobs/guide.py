@@ -7,6 +7,15 @@ from llkd_ray.config import Experiment
 
 
 def guide(experiment: Experiment) -> None:
+    import train
+
+    go_through_rounds(experiment)
+    if experiment.serve.on_onnx:
+        train.export(experiment, "guided")
+
+
+def go_through_rounds(experiment: Experiment) -> None:
+    """Have rows written and students trained until they get no better."""
     from llkd_ray.lineage import Lineage
 
     lineage = Lineage(experiment)

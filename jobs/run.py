@@ -10,6 +10,7 @@ from llkd_ray.config import Experiment
 def run(experiment: Experiment) -> None:
     import bench
     import evaluate
+    import guide
     import label
     import prepare
     import report
@@ -31,6 +32,8 @@ def run(experiment: Experiment) -> None:
         # One Ray for all stages; a stage by itself would start its own.
         with ray_session(experiment.ray):
             label.label(experiment)
+            if experiment.serve.student == "guided":
+                guide.guide(experiment)
             train.train(experiment)
             if has_gold:
                 evaluate.evaluate(experiment)

@@ -3,16 +3,14 @@
 import sys
 
 from llkd_ray.cli import run_job
-from llkd_ray.config import Experiment
+from llkd_ray.config import Experiment, StudentSource
 
 
 def train(experiment: Experiment) -> None:
-    from llkd_ray.lineage import Lineage
-
-    for rule in Lineage(experiment).students:
+    for rule in dict.fromkeys([experiment.selection.rule, *experiment.evaluate.compare_rules]):
         train_one(experiment, rule)
     if experiment.serve.on_onnx:
-        export(experiment)
+        export(experiment, "trained")
 
 
 def train_one(experiment: Experiment, rule: str) -> None:
@@ -58,14 +56,14 @@ def train_one(experiment: Experiment, rule: str) -> None:
     )
 
 
-def export(experiment: Experiment) -> None:
-    """Turn the experiment's own student into what ONNX Runtime serves on a CPU."""
+def export(experiment: Experiment, source: StudentSource) -> None:
+    """Turn a student into what ONNX Runtime serves on a CPU."""
     from llkd_ray.lineage import Lineage
 
     lineage = Lineage(experiment)
-    artifact = lineage.onnx
+    artifact = lineage.onnx(source)
     if artifact.made:
-        print(f"train: {artifact.path} is there already")
+        print(f"{artifact.job}: {artifact.path} is there already")
         return
 
     from llkd_ray.artifacts import make
@@ -74,14 +72,14 @@ def export(experiment: Experiment) -> None:
 
     with make(artifact) as draft:
         exported = export_onnx(
-            lineage.student().path / MODEL,
+            lineage.source(source).path / MODEL,
             draft.folder / MODEL,
             corpus=lineage.corpus.path,
             section=experiment.export,
             max_length=experiment.student.max_length,
         )
         draft.rows, draft.details = exported.rows, exported.details
-    print(f"train: wrote {artifact.path}: {exported.summary}")
+    print(f"{artifact.job}: wrote {artifact.path}: {exported.summary}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from llkd_ray.config import (
     Experiment,
     HTTPTeacher,
     ScriptedTeacher,
+    StudentSource,
     VLLMTeacher,
     as_tree,
     rule_named,
@@ -201,34 +202,43 @@ class Lineage:
             "guide",
             {
                 **_only(experiment.guide, "rounds", "patience"),
-                "evaluate": as_tree(experiment.evaluate),
+                "evaluate": _only(experiment.evaluate, "bootstrap_resamples", "calibration_bins"),
             },
             self.lessons(1),
         )
 
     @property
+    def own(self) -> Artifact:
+        """The experiment's own student, by `serve.student`."""
+        return self.source(self.experiment.serve.student)
+
+    def source(self, source: StudentSource) -> Artifact:
+        """Name the student that one of the two jobs makes."""
+        return self.guided if source == "guided" else self.student()
+
+    @property
     def students(self) -> dict[str, Artifact]:
         """The experiment's own student first, then those it is compared with, by rule."""
-        own = self.experiment.selection.rule
-        rules = dict.fromkeys([own, *self.experiment.evaluate.compare_rules])
-        return {rule: self.student(rule) for rule in rules}
+        own, compared = self.experiment.own_student, self.experiment.evaluate.compare_rules
+        return {own: self.own, **{rule: self.student(rule) for rule in compared if rule != own}}
 
-    @cached_property
-    def onnx(self) -> Artifact:
-        """The experiment's own student for ONNX Runtime."""
+    def onnx(self, source: StudentSource) -> Artifact:
+        """Name a student for ONNX Runtime."""
         experiment = self.experiment
+        student = self.source(source)
         return self._artifact(
             "onnx",
-            "train",
+            student.job,
             {"export": as_tree(experiment.export), **_only(experiment.student, "max_length")},
             self.corpus,
-            self.student(),
+            student,
         )
 
     @property
     def served(self) -> Artifact:
         """The experiment's own student in the form in which it is served."""
-        return self.onnx if self.experiment.serve.on_onnx else self.student()
+        serve = self.experiment.serve
+        return self.onnx(serve.student) if serve.on_onnx else self.own
 
     @cached_property
     def scores(self) -> Artifact:
@@ -254,7 +264,7 @@ class Lineage:
                 "seed": experiment.seed,
             },
             self.labels,
-            self.student(),
+            self.own,
         )
 
     @cached_property

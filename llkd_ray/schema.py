@@ -332,6 +332,7 @@ class StudentSummary(_Keys):
     """The student on the gold test rows, and what its training took."""
 
     rule: str
+    """Or `guided`."""
     accuracy: float | None
     macro_f1: float | None
     ece: float | None

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import QUICKSTART, run_job
+from conftest import QUICKSTART, Run, run_job
 from pydantic import ValidationError
 from training_data import NAMES, make_split_folders
 from untrained import untrained_student
@@ -263,6 +263,16 @@ def test_the_evaluate_job_chooses_and_what_is_served_follows(tmp_path, small_enc
     assert "the cascade asks the teacher about" in done.stdout
     details = lineage.cascade.manifest().details
     assert details["threshold"] > 0
+
+    of_guided = Run((*overrides, "serve.student=guided"))
+    guided = of_guided.lineage
+    with make(guided.guided) as draft:
+        shutil.copytree(lineage.student().path / MODEL, draft.folder / MODEL)
+        draft.rows = Rows(taken=0, kept=0, rejected=0)
+    of_guided.stage("evaluate")
+    assert set(guided.scores.manifest().details) == {"teacher", "teacher_uncalibrated", "guided"}
+    assert guided.cascade.manifest().details["threshold"] == details["threshold"]
+    assert application_of("cascade", guided, guided.experiment.serve) is not None
     # The labels are stacked; the teacher that would answer is not.
     kind, _ = served_calibration(lineage.labels.path, "stacked")
     assert kind == "batch"

@@ -17,7 +17,7 @@ from conftest import QUICKSTART, ROOT, Run, command
 from llkd_ray import schema
 from llkd_ray.artifacts import Rows, make
 from llkd_ray.config import Label, load_experiment
-from llkd_ray.errors import ConfigError, TeacherError
+from llkd_ray.errors import ArtifactError, ConfigError, TeacherError
 from llkd_ray.guided.asking import report_of
 from llkd_ray.guided.lessons import opening_of, writer_of
 from llkd_ray.guided.prompt import writing_prompt
@@ -26,6 +26,8 @@ from llkd_ray.guided.seed import TRAIN, VALIDATION, read_seed
 from llkd_ray.guided.shown import Shown
 from llkd_ray.guided.write import Round
 from llkd_ray.lineage import Lineage
+from llkd_ray.serving.targets import application_of
+from llkd_ray.student import train
 from llkd_ray.student.model import load_tokenizer, load_untrained, locate
 
 SHOWN = Shown(correct=("What is it ?", "Why ?"), wrong=("Is it he ?",), hard=("Who ?", "He ?"))
@@ -134,6 +136,22 @@ def test_another_setting_makes_other_rounds_and_more_rounds_keep_those_there(run
     assert lineage.round(20).path != lineage.round(19).path
 
 
+def test_a_guided_student_takes_the_place_of_the_trained_one_wherever_a_student_is_asked_for(run):
+    more = ("serve.student=guided", 'evaluate.compare_rules=["all"]')
+    lineage = Run((*run.overrides, *more)).lineage
+    assert lineage.own is lineage.guided
+    assert lineage.served.inputs["guided"] == lineage.guided.fingerprint
+    assert list(lineage.students) == ["guided", "all"]
+    assert lineage.cascade.inputs["guided"] == lineage.guided.fingerprint
+    assert lineage.bench.inputs["onnx"] == lineage.onnx("guided").fingerprint
+    assert lineage.bench.path != run.lineage.bench.path
+    assert lineage.guided.path == run.lineage.guided.path
+    on_torch = Run((*run.overrides, *more, "serve.backend=torch")).lineage
+    assert on_torch.served is on_torch.guided
+    with pytest.raises(ArtifactError, match=r"run python jobs/guide\.py"):
+        application_of("student", lineage, lineage.experiment.serve)
+
+
 def with_untrained_student(lineage: Lineage) -> None:
     """Make seed and round 0, whose student has learned nothing: no training, and much to say."""
     make_seed(lineage)
@@ -142,6 +160,8 @@ def with_untrained_student(lineage: Lineage) -> None:
         model = load_untrained(experiment.student, experiment.task.label_names, seed=0)
         model.save_pretrained(draft.folder / "model")
         load_tokenizer(locate(experiment.student.model)).save_pretrained(draft.folder / "model")
+        for name, columns in ((train.AUDIT, schema.AUDIT), (train.EPOCHS, schema.EPOCHS)):
+            pq.write_table(columns.empty_table(), draft.folder / name)
         report, _ = report_of(draft.folder / "model", lineage.seed.path, experiment)
         (draft.folder / "report.json").write_text(json.dumps(asdict(report)))
         draft.rows = Rows(taken=48, kept=48, rejected=0)
@@ -290,5 +310,8 @@ def test_a_round_that_is_killed_ends_with_the_rows_of_an_unbroken_one(tmp_path, 
     assert rounds[1]["training_rows"] == 48 + len(kept)
     best = broken.guided.manifest().details["best_round"]
     assert rounds[best]["loss"] == min(of["loss"] for of in rounds)
+    guided = Lineage(load_experiment(QUICKSTART, [*run.overrides, "serve.student=guided"]))
+    assert guided.served.manifest().inputs["guided"] == broken.guided.fingerprint
+    assert application_of("student", guided, guided.experiment.serve) is not None
     card = (broken.round(1).path / "model/README.md").read_text()
     assert f"48 texts labelled by people and {len(kept)} written by a language model" in card

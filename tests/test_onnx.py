@@ -168,7 +168,7 @@ def test_what_is_served_follows_from_backend_and_gpus():
         return load_experiment(QUICKSTART, overrides)
 
     own = Lineage(experiment())
-    assert own.served.fingerprint == own.onnx.fingerprint
+    assert own.served.fingerprint == own.onnx("trained").fingerprint
     for override in ("serve.gpus_per_replica=1", "serve.backend=torch"):
         lineage = Lineage(experiment(override))
         assert lineage.served.fingerprint == own.student().fingerprint

@@ -126,6 +126,7 @@ def overrides_of(folder: Path, runs: Path) -> list[str]:
         f"corpus.validation_fraction={validation}",
         f"corpus.test_fraction={test}",
         f"guide.samples={SAMPLES}",
+        "serve.backend=torch",  # Nothing is served, so nothing is exported.
         *TRAINING,
     ]
 

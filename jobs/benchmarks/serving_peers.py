@@ -67,7 +67,7 @@ def trained(experiment: Experiment) -> tuple[Path, Path]:
     from llkd_ray.student.train import MODEL
 
     lineage = Lineage(experiment)
-    return lineage.student().require().path / MODEL, lineage.onnx.require().path / MODEL
+    return lineage.student().require().path / MODEL, lineage.onnx("trained").require().path / MODEL
 
 
 def compare(

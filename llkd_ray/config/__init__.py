@@ -9,6 +9,7 @@ from llkd_ray.config.endpoint import (
     RaySection,
     ServeSection,
     ServeTarget,
+    StudentSource,
 )
 from llkd_ray.config.experiment import Experiment, load_experiment, with_overrides
 from llkd_ray.config.guide import ChecksSection, GuideSection, SamplingSection, ShownSection
@@ -96,6 +97,7 @@ __all__ = [
     "StoppingSection",
     "StudentOnlyRule",
     "StudentSection",
+    "StudentSource",
     "TaskSection",
     "TeacherOnlyRule",
     "TeacherSection",

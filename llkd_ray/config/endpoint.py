@@ -9,6 +9,8 @@ from llkd_ray.config.section import Name, Section
 
 ServeTarget = Literal["student", "teacher", "cascade"]
 """What an experiment can serve."""
+StudentSource = Literal["trained", "guided"]
+"""Who made a student: jobs/train.py or jobs/guide.py."""
 ProtocolName = Literal["llkd", "vllm", "tei"]
 """Ours (POST /v1/classify), vLLM's (/classify), text-embeddings-inference's (/predict)."""
 
@@ -17,6 +19,9 @@ class ServeSection(Section):
     """The endpoint."""
 
     target: ServeTarget = "student"
+    student: StudentSource = "trained"
+    """trained: what jobs/train.py makes. guided: what jobs/guide.py makes; evaluation, cascade,
+    bench and report are then about it, too."""
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """0 takes a free port."""

@@ -76,6 +76,11 @@ class Experiment(Section):
     bench: BenchSection = BenchSection()
     ray: RaySection = RaySection()
 
+    @property
+    def own_student(self) -> str:
+        """Name of the student that is served and reported: its rule, or `guided`."""
+        return "guided" if self.serve.student == "guided" else self.selection.rule
+
     @model_validator(mode="after")
     def _gold_is_labelled(self) -> "Experiment":
         kind = self.calibration.kind

@@ -38,7 +38,8 @@ def guide(lineage: Lineage, out: Path) -> tuple[Rows, dict[str, Any]]:
     Needs a connection to Ray.
 
     Writes:
-        out/model (the student of the best round), out/rounds.json: of each round validation loss,
+        out/model, out/audit.parquet and out/epochs.parquet (the student of the best round, as
+        `train.train` leaves it), out/rounds.json: of each round validation loss,
         accuracy and macro-F1, rows, reasons, tokens, and the score on the gold test rows, which
         chooses nothing.
 
@@ -56,13 +57,17 @@ def guide(lineage: Lineage, out: Path) -> tuple[Rows, dict[str, Any]]:
         make_lessons(lineage, len(rounds))
         rounds.append(make_round(lineage, len(rounds)))
     best = best_of(rounds)
-    shutil.copytree(lineage.round(best).path / train.MODEL, out / train.MODEL, dirs_exist_ok=True)
+    student = lineage.round(best)
+    shutil.copytree(student.path / train.MODEL, out / train.MODEL, dirs_exist_ok=True)
+    for name in (train.AUDIT, train.EPOCHS):
+        shutil.copyfile(student.path / name, out / name)
     for number, row in enumerate(rounds):
         row["test"] = _on_test(lineage, lineage.round(number).path / train.MODEL)
     write_text(out / ROUNDS, json.dumps(rounds, indent=2, ensure_ascii=False) + "\n")
     taken = sum(row["written"] for row in rounds)
     kept = sum(row["kept"] for row in rounds)
     return Rows(taken=taken, kept=kept, rejected=taken - kept), {
+        **student.manifest().details,
         "best_round": best,
         "rounds": len(rounds) - 1,
         "chosen_by": "validation loss",

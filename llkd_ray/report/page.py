@@ -82,7 +82,7 @@ def write_report(lineage: Lineage) -> Summary:
 def draw(run: RunTables) -> dict[str, Plot]:
     """Draw every plot that the run has data for, by name."""
     drawn: dict[str, Plot] = {}
-    own = run.students.get(run.experiment.selection.rule)
+    own = run.students.get(run.experiment.own_student)
     if own is not None:
         if _any(own.audit, "teacher_threshold") or _any(own.audit, "student_threshold"):
             drawn["thresholds"] = Plot(
@@ -177,7 +177,7 @@ def render(run: RunTables, summary: Summary, drawn: dict[str, Plot]) -> str:
         plots=drawn,
         # The SVG is ours, except for label names, which matplotlib escapes.
         svgs={name: Markup(to_svg(plot.figure, plot.title)) for name, plot in drawn.items()},  # noqa: S704
-        own=run.students.get(run.experiment.selection.rule),
+        own=run.students.get(run.experiment.own_student),
         calibrations=CALIBRATIONS,
         curve=_curve(run, summary),
         versions=_versions(run),
@@ -214,7 +214,7 @@ def _results(run: RunTables, summary: Summary) -> list[Result]:
         results.append(
             Result(
                 run.experiment.student.summary,
-                f"student, rule {own.rule}",
+                "student, guided" if own.rule == "guided" else f"student, rule {own.rule}",
                 models.get(own.rule),
                 own.rows_used_fraction,
                 bench.student if bench else None,

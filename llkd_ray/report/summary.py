@@ -17,7 +17,7 @@ from llkd_ray.schema import (
 def summarise(run: RunTables) -> Summary:
     """Return the run's summary; a section is null until its stage has been run."""
     corpus = run.manifests["corpus"]
-    own = run.experiment.selection.rule
+    own = run.experiment.own_student
     scores = run.scores.models if run.scores else {}
     teacher = scores.get("teacher")
     students = {
@@ -90,6 +90,7 @@ def _seconds(run: RunTables) -> dict[str, float]:
         "readouts": "label",
         "labels": "label",
         "student": "train",
+        "guided": "guide",
         "scores": "evaluate",
         "cascade": "evaluate",
     }

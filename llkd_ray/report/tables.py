@@ -118,7 +118,7 @@ class RunTables:
     """Reasons for which corpus rows were kept aside, most frequent first, and their rows."""
     labels: LabelTables | None
     students: dict[str, StudentTables]
-    """By rule, the experiment's own first."""
+    """By rule, the experiment's own first; a guided one is called `guided`."""
     scores: ScoreTables | None
     cascade: CascadeTables | None
     """None as well where the teacher was not asked about validation rows."""
@@ -162,8 +162,8 @@ def _named(lineage: Lineage) -> Iterator[tuple[str, Artifact]]:
     yield "readouts", lineage.readouts
     yield "labels", lineage.labels
     for rule, artifact in lineage.students.items():
-        own = rule == lineage.experiment.selection.rule
-        yield "student" if own else f"student ({rule})", artifact
+        own = rule == lineage.experiment.own_student
+        yield artifact.noun if own else f"student ({rule})", artifact
     yield "scores", lineage.scores
     if "validation" in lineage.experiment.teacher.splits:
         yield "cascade", lineage.cascade
@@ -266,7 +266,7 @@ def _scores(lineage: Lineage) -> ScoreTables:
 def _mistakes(lineage: Lineage) -> list[Mistake]:
     """Pick the test rows on which the student was wrong and surest of itself."""
     table = pq.read_table(lineage.scores.path / "predictions.parquet")
-    own = pc.field("model") == lineage.experiment.selection.rule
+    own = pc.field("model") == lineage.experiment.own_student
     wrong = table.filter(own & (pc.field("gold") != pc.field("predicted"))).to_pylist()
     wrong.sort(key=lambda row: (-max(row["probabilities"]), row["row_id"]))
     shown = wrong[:_MISTAKES_SHOWN]

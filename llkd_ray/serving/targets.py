@@ -39,7 +39,7 @@ def application_of(target: Kind, lineage: Lineage, config: ServeSection) -> serv
     match target:
         case "student":
             folder = (lineage.served.require().path / MODEL).resolve()
-            name = f"student-{lineage.student().fingerprint}"
+            name = f"{lineage.own.noun}-{lineage.own.fingerprint}"
             return student_app(folder, name, max_length, config)
         case "teacher":
             model = _teacher(lineage)

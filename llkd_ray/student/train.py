@@ -30,6 +30,8 @@ from llkd_ray.student.worker import Work
 _log = logging.getLogger(__name__)
 MODEL = "model"
 """Folder of the exported student inside its artifact."""
+AUDIT, EPOCHS = "audit.parquet", "epochs.parquet"
+"""Beside it: what each epoch kept, and what it came to."""
 UNTRAINED = "untrained"
 """Folder of what a static student starts from, in the artifact while it is made."""
 
@@ -130,10 +132,8 @@ def train(
         "chosen_by": criterion(section.stopping, has_gold=has_gold),
         "temperature": asdict(temperature),
     }
-    pq.write_table(pa.Table.from_pylist(list(progress.audit), schema.AUDIT), out / "audit.parquet")
-    pq.write_table(
-        pa.Table.from_pylist(list(progress.epochs), schema.EPOCHS), out / "epochs.parquet"
-    )
+    pq.write_table(pa.Table.from_pylist(list(progress.audit), schema.AUDIT), out / AUDIT)
+    pq.write_table(pa.Table.from_pylist(list(progress.epochs), schema.EPOCHS), out / EPOCHS)
     card = Card(
         student=student.summary,
         label_names=label_names,
