@@ -23,7 +23,8 @@ def bench(experiment: Experiment) -> None:
     from llkd_ray.progress import progress
 
     lineage = Lineage(experiment)
-    for needed in (lineage.corpus, lineage.labels, lineage.served):
+    cascade = [lineage.cascade] if "cascade" in experiment.bench.targets else []
+    for needed in (lineage.corpus, lineage.labels, lineage.served, *cascade):
         needed.require()
     artifact = lineage.bench
     if artifact.made:

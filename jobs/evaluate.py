@@ -18,7 +18,7 @@ def has_cascade(experiment: Experiment) -> bool:
 
     asked = "validation" in experiment.teacher.splits
     rows = Lineage(experiment).corpus.manifest().details["validation"]
-    return (asked and rows > 0) or experiment.serve.target == "cascade"
+    return (asked and rows > 0) or experiment.asks_for_cascade
 
 
 def score(experiment: Experiment) -> None:

@@ -269,8 +269,9 @@ class Lineage:
 
     @cached_property
     def bench(self) -> Artifact:
-        """Latency, throughput and cost of the two endpoints."""
+        """Latency, throughput and cost of the endpoints."""
         experiment = self.experiment
+        with_cascade = "cascade" in experiment.bench.targets
         return self._artifact(
             "bench",
             "bench",
@@ -278,9 +279,11 @@ class Lineage:
                 "bench": as_tree(experiment.bench),
                 "serve": as_tree(experiment.serve),
                 "teacher": self._serving_teacher,
+                **({"cascade": as_tree(experiment.cascade)} if with_cascade else {}),
             },
             self.labels,
             self.served,
+            *([self.cascade] if with_cascade else []),
         )
 
     @property

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import http.server
 import json
+import shutil
 import socket
 import threading
 import time
@@ -11,9 +12,15 @@ from collections import Counter
 
 import httpx
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from untrained import free_port, questions, untrained_student
+from bare import answering
+from conftest import SMALL, Run
+from training_data import make_split_folders
+from untrained import LABELS, free_port, questions, untrained_student
 
+from llkd_ray import schema
+from llkd_ray.artifacts import Rows, make
 from llkd_ray.bench import closed_loop, cost, open_loop, table
 from llkd_ray.bench.load import measure
 from llkd_ray.bench.machine import this_machine
@@ -21,7 +28,10 @@ from llkd_ray.bench.measurement import Measurement, Sample
 from llkd_ray.bench.session import Target
 from llkd_ray.config import BenchSection, ServeSection
 from llkd_ray.errors import EndpointError
+from llkd_ray.serving.application import application
 from llkd_ray.serving.deploy import running, student_app
+from llkd_ray.serving.protocol import model_card
+from llkd_ray.serving.student import StudentClassifier
 
 CONFIG = ServeSection(port=0, max_text_chars=300)
 BENCH = BenchSection(
@@ -421,6 +431,43 @@ def test_other_endpoints_are_measured_in_their_own_protocol(protocol, handler):
     assert all(label == text[0] for text, label in found.labels.items())
     assert {s.status for s in found.samples} == {200}
     assert found.model == f"{protocol} at {url}"
+
+
+@pytest.mark.slow
+def test_the_job_measures_another_endpoint_beside_teacher_and_student(student_url, tmp_path):
+    labels, corpus = make_split_folders(tmp_path, 10, 10, 100)
+    # What answers as the teacher is not the point, only that it says it is one.
+    card = model_card("teacher", "teacher-test", LABELS, CONFIG)
+    classifier = StudentClassifier(untrained_student(tmp_path / "student"), 128, CONFIG)
+    with answering(application(card, classifier, None)) as teacher_url:
+        run = Run(
+            (
+                *(f"runs={tmp_path}/runs", *SMALL, "bench.search_tries=0", "serve.backend=torch"),
+                *(f"bench.teacher_url={teacher_url}", f"bench.student_url={student_url}"),
+                f'bench.others=[{{name="peer", url="{student_url}", protocol="tei", '
+                "usd_per_hour=0.3}]",
+            )
+        )
+        lineage = run.lineage
+        for artifact, folder in ((lineage.corpus, corpus), (lineage.labels, labels)):
+            with make(artifact) as draft:
+                shutil.copytree(folder, draft.folder, dirs_exist_ok=True)
+                draft.rows = Rows(taken=0, kept=0, rejected=0)
+        with make(lineage.student()) as draft:
+            draft.rows = Rows(taken=0, kept=0, rejected=0)
+        done = run.job("bench")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:3] == ["teacher", "student", "peer"]
+    found = schema.BenchSummary.model_validate_json(
+        (lineage.bench.path / "bench.json").read_bytes()
+    )
+    peer, student = found.others["peer"], found.student
+    assert peer.model == f"tei at {student_url}"
+    assert (peer.requests, peer.failed) == (student.requests, 0)
+    assert peer.accuracy == student.accuracy is not None
+    assert peer.cost_usd_per_million == cost.cost_usd_per_million(0.3, peer.texts_per_s)
+    samples = pq.read_table(lineage.bench.path / "samples.parquet")
+    assert set(samples["endpoint"].to_pylist()) == {"teacher", "student", "peer"}
 
 
 def test_a_protocol_that_an_endpoint_does_not_speak_is_an_error():

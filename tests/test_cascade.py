@@ -188,10 +188,25 @@ def test_there_is_one_target_and_it_needs_the_teachers_answers_about_validation_
     with pytest.raises(ValidationError, match="two targets"):
         CascadeSection(accuracy=0.9, max_teacher_fraction=0.1)
     labelled = 'teacher.splits=["unlabeled", "validation", "test"]'
-    for wanted in ("serve.target=cascade", "cascade.accuracy=0.9"):
+    benched = 'bench.targets=["teacher", "student", "cascade"]'
+    for wanted in ("serve.target=cascade", "cascade.accuracy=0.9", benched):
         with pytest.raises(ConfigError, match=r"set teacher\.splits"):
             load_experiment(QUICKSTART, ["teacher.splits=['unlabeled', 'test']", wanted])
         load_experiment(QUICKSTART, [labelled, wanted])
+
+
+def test_what_is_benched_follows_the_cascade_where_it_is_measured_and_only_there():
+    def bench(*overrides):
+        splits = 'teacher.splits=["unlabeled", "validation", "test"]'
+        return Lineage(load_experiment(QUICKSTART, [splits, *overrides])).bench
+
+    changes = ("cascade.accuracy=0.9", "cascade.teacher_replicas=2")
+    assert {bench(change).path for change in changes} == {bench().path}
+    assert "cascade" not in bench().inputs
+    cascade = 'bench.targets=["teacher", "student", "cascade"]'
+    other = {bench(cascade, change).path for change in changes}
+    assert len(other | {bench(cascade).path}) == 3
+    assert bench(cascade).inputs["cascade"] != bench(cascade, changes[0]).inputs["cascade"]
 
 
 def test_the_threshold_is_measured_on_validation_rows_and_scored_on_test_rows(tmp_path):

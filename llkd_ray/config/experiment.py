@@ -81,6 +81,11 @@ class Experiment(Section):
         """Name of the student that is served and reported: its rule, or `guided`."""
         return "guided" if self.serve.student == "guided" else self.selection.rule
 
+    @property
+    def asks_for_cascade(self) -> bool:
+        """Whether a cascade is served or measured."""
+        return self.serve.target == "cascade" or "cascade" in self.bench.targets
+
     @model_validator(mode="after")
     def _gold_is_labelled(self) -> "Experiment":
         kind = self.calibration.kind
@@ -93,7 +98,7 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _cascade_can_be_measured(self) -> "Experiment":
-        wanted = self.serve.target == "cascade" or self.cascade != CascadeSection()
+        wanted = self.asks_for_cascade or self.cascade != CascadeSection()
         if wanted and "validation" not in self.teacher.splits:
             raise ValueError(
                 "the cascade's threshold is measured on the teacher's answers about validation "
