@@ -12,6 +12,7 @@ def compare(experiment: Experiment) -> None:
     lineage = Lineage(experiment)
     lineage.corpus.require()
     lineage.labels.require()
+    lineage.labelled.require()
     artifact = lineage.comparison
     if artifact.made:
         print((artifact.path / "table.txt").read_text(encoding="utf-8"), end="")

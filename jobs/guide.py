@@ -16,6 +16,9 @@ def guide(experiment: Experiment) -> None:
 
 def go_through_rounds(experiment: Experiment) -> None:
     """Have rows written and students trained until they get no better."""
+    import train
+
+    from llkd_ray.config import with_overrides
     from llkd_ray.lineage import Lineage
 
     lineage = Lineage(experiment)
@@ -32,6 +35,10 @@ def go_through_rounds(experiment: Experiment) -> None:
     with make(artifact) as draft, ray_session(experiment.ray):
         actors = experiment.teacher.actors
         require_room(experiment.ray, actors.min, actors.num_cpus, actors.num_gpus)
+        if experiment.guide.start == "student":
+            # Of the labels alone: what is written follows from it.
+            alone = with_overrides(experiment, ["train.lessons=false"])
+            train.train_one(alone, experiment.selection.rule)
         draft.rows, draft.details = run(lineage, draft.folder)
     details, test = draft.details, draft.details["test"]
     scores = f", test accuracy {test['accuracy']['value']:.3f}" if test else ""

@@ -32,7 +32,7 @@ def run(experiment: Experiment) -> None:
         # One Ray for all stages; a stage by itself would start its own.
         with ray_session(experiment.ray):
             label.label(experiment)
-            if experiment.serve.student == "guided":
+            if experiment.serve.student == "guided" or experiment.train.lessons:
                 guide.guide(experiment)
             train.train(experiment)
             if has_gold:

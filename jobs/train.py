@@ -1,16 +1,48 @@
 """Train the student on the teacher's labels, and those it is compared with."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from llkd_ray.cli import run_job
 from llkd_ray.config import Experiment, StudentSource
 
+if TYPE_CHECKING:
+    from llkd_ray.artifacts import Artifact
+
 
 def train(experiment: Experiment) -> None:
+    if experiment.train.lessons:
+        mix(experiment)
     for rule in dict.fromkeys([experiment.selection.rule, *experiment.evaluate.compare_rules]):
         train_one(experiment, rule)
     if experiment.serve.on_onnx:
         export(experiment, "trained")
+
+
+def mix(experiment: Experiment) -> None:
+    """Put the rows that the teacher wrote for `guide` beside those that it labelled."""
+    from llkd_ray.lineage import Lineage
+
+    lineage = Lineage(experiment)
+    artifact = lineage.mixture
+    if artifact.made:
+        return
+
+    from llkd_ray.artifacts import make
+    from llkd_ray.guided.mixture import mix
+
+    with make(artifact) as draft:
+        draft.rows, draft.details = mix(lineage, draft.folder)
+    print(f"train: wrote {artifact.path}: {_with_lessons(artifact)}")
+
+
+def _with_lessons(mixture: "Artifact") -> str:
+    """Say what rows a mixture is of."""
+    *written, labelled = mixture.manifest().details["rows"].values()
+    return (
+        f"{labelled} texts labelled by a language model and {sum(written)} that it wrote itself "
+        "for what a student got wrong on gold rows (PGKD: arXiv 2411.05045)"
+    )
 
 
 def train_one(experiment: Experiment, rule: str) -> None:
@@ -20,7 +52,7 @@ def train_one(experiment: Experiment, rule: str) -> None:
 
     lineage = Lineage(experiment)
     lineage.corpus.require()
-    lineage.labels.require()
+    lineage.labelled.require()
     artifact = lineage.student(rule)
     if artifact.made:
         print(f"train: {artifact.path} is there already")
@@ -32,7 +64,7 @@ def train_one(experiment: Experiment, rule: str) -> None:
 
     with make(artifact, resume=True) as draft, ray_session(experiment.ray):
         trained = train.train(
-            lineage.labels.path,
+            lineage.labelled.path,
             draft.folder,
             corpus=lineage.corpus.path,
             label_names=experiment.task.label_names,
@@ -42,6 +74,7 @@ def train_one(experiment: Experiment, rule: str) -> None:
             seed=experiment.seed,
             cache=experiment.cache,
             calibration=experiment.calibration.kind,
+            origin=_with_lessons(lineage.mixture) if experiment.train.lessons else None,
         )
         draft.rows, draft.details = trained.rows, trained.details
     details = trained.details

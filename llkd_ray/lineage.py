@@ -136,21 +136,36 @@ class Lineage:
                 "evaluate": _only(experiment.evaluate, "bootstrap_resamples"),
             },
             self.corpus,
-            self.labels,
+            self.labelled,
         )
+
+    @property
+    def labelled(self) -> Artifact:
+        """The rows that students are trained on."""
+        return self.mixture if self.experiment.train.lessons else self.labels
+
+    @cached_property
+    def mixture(self) -> Artifact:
+        """The rows that the teacher labelled and those that it wrote."""
+        return self._artifact("mixture", "train", {}, self.labels, self.guided)
 
     def student(self, rule: str | None = None) -> Artifact:
         """Name the student trained with a rule, the experiment's own when not given."""
-        rule = rule or self.experiment.selection.rule
+        return self._student(rule or self.experiment.selection.rule, self.labelled)
+
+    def _student(self, rule: str, rows: Artifact) -> Artifact:
         # Its confidence is calibrated; students of before that have other names.
         settings = {**self._training(rule), "confidence": "temperature"}
-        return self._artifact("student", "train", settings, self.labels)
+        return self._artifact("student", "train", settings, rows)
 
     def _training(self, rule: str) -> dict[str, Any]:
         """Return what decides a student's weights, the labels aside."""
         experiment = self.experiment
         train = dict(as_tree(experiment.train))
-        for key in ("max_failures", "cpus_per_worker", "threads_per_worker", "checkpoint_steps"):
+        for key in (
+            *("max_failures", "cpus_per_worker", "threads_per_worker", "checkpoint_steps"),
+            "lessons",
+        ):
             del train[key]
         return {
             "selection": as_tree(rule_named(rule, experiment.selection)),
@@ -163,7 +178,7 @@ class Lineage:
     @cached_property
     def seed(self) -> Artifact:
         """Gold rows that a guided distillation starts from."""
-        settings = _only(self.experiment.guide, "seed_rows", "validation_fraction")
+        settings = _only(self.experiment.guide, "start", "seed_rows", "validation_fraction")
         return self._artifact("seed", "guide", settings, self.corpus)
 
     def lessons(self, number: int) -> Artifact:
@@ -183,7 +198,13 @@ class Lineage:
         return self._artifact("lessons", "guide", settings, self.seed, self.round(number - 1))
 
     def round(self, number: int) -> Artifact:
-        """Name the student of a round, trained on the seed and the rows of all rounds up to it."""
+        """Name the student of a round, trained on the seed and the rows of all rounds up to it.
+
+        With `guide.start` = "student", on the teacher's labels, too; and round 0 is that student.
+        """
+        if number == 0 and self.experiment.guide.start == "student":
+            # Of the labels alone, or the rows written would follow from themselves.
+            return self._student(self.experiment.selection.rule, self.labels)
         return self._artifact(
             "round",
             "guide",

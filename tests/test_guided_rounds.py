@@ -22,10 +22,11 @@ from llkd_ray.guided.asking import report_of
 from llkd_ray.guided.lessons import opening_of, writer_of
 from llkd_ray.guided.prompt import writing_prompt
 from llkd_ray.guided.rounds import best_of, is_over, make_lessons, make_seed
-from llkd_ray.guided.seed import TRAIN, VALIDATION, read_seed
+from llkd_ray.guided.seed import SHARD, TRAIN, VALIDATION, read_seed, write_labelled
 from llkd_ray.guided.shown import Shown
 from llkd_ray.guided.write import Round
 from llkd_ray.lineage import Lineage
+from llkd_ray.report.story import tell
 from llkd_ray.serving.targets import application_of
 from llkd_ray.student import train
 from llkd_ray.student.model import load_tokenizer, load_untrained, locate
@@ -102,6 +103,24 @@ def test_the_seed_is_gold_and_its_parts_are_disjoint_and_hold_the_examples(run):
     assert all(row["label"] == row["gold"] and row["confidence"] == 1.0 for row in rows)
 
 
+def test_a_trained_student_is_validated_on_rows_that_it_has_not_seen(run):
+    lineage = prepared(run, "guide.start=student", "guide.seed_rows=100")
+    make_seed(lineage)
+    held_out = {row["text"]: row["gold"] for row in rows_of(lineage, "validation")}
+    names = lineage.experiment.task.label_names
+    train, validation = (
+        read_seed(lineage.seed.path, [part], names) for part in (TRAIN, VALIDATION)
+    )
+    assert (len(train.texts), len(validation.texts)) == (80, 20)
+    assert [held_out[text] for text in validation.texts] == [names[at] for at in validation.gold]
+    assert not set(train.texts) & set(held_out)
+    few = prepared(run, "guide.start=student", "guide.validation_fraction=0.9")
+    with pytest.raises(
+        ConfigError, match=r"the validation split has \d+ rows with gold for it, of 9"
+    ):
+        make_seed(few)
+
+
 def test_what_a_seed_needs_is_said_in_one_line(run):
     lineage = prepared(run, "guide.seed_rows=9000")
     with pytest.raises(ConfigError, match=r"guide\.seed_rows = 9000: beside 20 task\.examples"):
@@ -150,6 +169,19 @@ def test_a_guided_student_takes_the_place_of_the_trained_one_wherever_a_student_
     assert on_torch.served is on_torch.guided
     with pytest.raises(ArtifactError, match=r"run python jobs/guide\.py"):
         application_of("student", lineage, lineage.experiment.serve)
+
+
+def test_rounds_that_start_from_a_student_do_not_follow_from_what_was_written_after_it(run):
+    def of(*more):
+        return Run((*run.overrides, "guide.start=student", *more)).lineage
+
+    plain, more = of(), of("train.lessons=true")
+    assert plain.round(0).path == more.round(0).path == plain.student().path
+    assert plain.round(0).path == run.lineage.student().path
+    assert plain.guided.path == more.guided.path != run.lineage.guided.path
+    assert more.student().inputs == {"mixture": more.mixture.fingerprint}
+    assert more.mixture.inputs["guided"] == plain.guided.fingerprint
+    assert more.comparison.path != plain.comparison.path
 
 
 def with_untrained_student(lineage: Lineage) -> None:
@@ -315,3 +347,55 @@ def test_a_round_that_is_killed_ends_with_the_rows_of_an_unbroken_one(tmp_path, 
     assert application_of("student", guided, guided.experiment.serve) is not None
     card = (broken.round(1).path / "model/README.md").read_text()
     assert f"48 texts labelled by people and {len(kept)} written by a language model" in card
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
+def test_a_trained_student_is_guided_and_what_was_written_for_it_trains_another(
+    tmp_path, small_encoder
+):
+    run = Run(
+        (
+            *(f"runs={tmp_path}", "corpus.validation_fraction=0.02", "corpus.test_fraction=0.02"),
+            *("guide.start=student", "guide.seed_rows=60", "guide.rounds=1"),
+            *(f"student.model={small_encoder}", "student.max_length=64", "train.epochs=2"),
+            *("train.num_workers=1", "serve.backend=torch", "evaluate.bootstrap_resamples=50"),
+        )
+    )
+    run.stage("prepare")
+    lineage, names = run.lineage, run.experiment.task.label_names
+    unlabeled = pq.read_table(lineage.corpus.path / "unlabeled").to_pylist()
+    with make(lineage.labels) as draft:
+        (draft.folder / TRAIN).mkdir()
+        write_labelled(draft.folder / TRAIN / SHARD, unlabeled[:150], names)
+        draft.rows = Rows(taken=150, kept=150, rejected=0)
+    # Of what the teacher wrote in round 1, one text stands in the corpus, too.
+    rows = [row | {"read": row["gold"]} for row in unlabeled[140:150] + unlabeled[200:300]]
+    lay_out_written(lineage, rows)
+
+    run.stage("guide")
+    rounds = json.loads((lineage.guided.path / "rounds.json").read_text())
+    kept = set(pq.read_table(lineage.lessons(1).path / TRAIN).column("row_id").to_pylist())
+    labelled = {row["row_id"] for row in unlabeled[:150]}
+    seed = set(pq.read_table(lineage.seed.path / TRAIN).column("row_id").to_pylist())
+    assert len(kept) > 20
+    assert kept & labelled - seed
+    assert [of["training_rows"] for of in rounds] == [150, len(seed | kept | labelled)]
+    report, _ = report_of(lineage.student().path / "model", lineage.seed.path, run.experiment)
+    assert rounds[0]["loss"] == report.loss
+    assert "labelled by one" in (lineage.round(1).path / "model/README.md").read_text()
+
+    more = Run((*run.overrides, "train.lessons=true"))
+    more.stage("train")
+    mixture = more.lineage.mixture
+    assert mixture.manifest().rows.kept == len(kept | labelled)
+    assert mixture.manifest().rows.rejected == len(kept & labelled)
+    assert mixture.manifest().details["rows"] == {
+        lineage.lessons(1).path.name: len(kept),
+        lineage.labels.path.name: len(labelled - kept),
+    }
+    assert more.lineage.student().manifest().rows.kept == len(kept | labelled)
+    card = (more.lineage.student().path / "model/README.md").read_text()
+    assert f"{len(kept)} that it wrote itself" in card
+    told = tell(lineage.run, min(kept - labelled))
+    assert [story.student for story in told] == [more.lineage.student().path]

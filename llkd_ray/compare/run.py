@@ -162,7 +162,7 @@ def _work(variant: Variant, out: Path) -> Work:
     # Its own labels: a variant may be another calibration.
     lineage = Lineage(experiment)
     return Work(
-        labels=(lineage.labels.require().path / "unlabeled").resolve(),
+        labels=(lineage.labelled.require().path / "unlabeled").resolve(),
         validation=(lineage.corpus.path / "validation").resolve(),
         label_names=experiment.task.label_names,
         selection=experiment.selection,

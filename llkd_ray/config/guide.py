@@ -1,6 +1,6 @@
 """The guided distillation: the teacher writes rows for what the student gets wrong."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator
@@ -61,6 +61,11 @@ class GuideSection(Section):
     Source: PGKD, arXiv 2411.05045.
     """
 
+    start: Literal["seed", "student"] = "seed"
+    """Round 0. seed: a student trained on the seed alone. student: the one that jobs/train.py makes
+    of the teacher's labels (`selection.rule`), which all further rounds train on, too; what of the
+    seed is not trained on is then the first of the validation split, since that student has seen
+    the unlabeled one."""
     seed_rows: Annotated[int, Field(ge=10)] = 1000
     """Gold rows to start from: task.examples, then the first of the unlabeled split, by row_id."""
     validation_fraction: OpenFraction = 0.2

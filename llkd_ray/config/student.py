@@ -125,6 +125,9 @@ class TrainSection(Section):
     stopping: StoppingSection = StoppingSection()
     keep_signals: bool = True
     """Write what every row's signals were in each epoch, for jobs/explain.py."""
+    lessons: bool = False
+    """Train also on the rows that the teacher wrote in the rounds of jobs/guide.py, each with the
+    label that was asked for and the teacher's confidence in it."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO: partitions the optimizer (1), the gradients too (2), the weights too (3). 0
     is the fastest where a worker has room for all of them, as it has for an encoder."""

@@ -1,9 +1,10 @@
 """The rounds of a guided distillation, each an artifact that a killed run finds again.
 
-Round 0 trains a student on the seed alone. Each further round has the teacher write rows for what
-the last student gets wrong, and trains a fresh student on the seed and all rows kept so far. (The
-paper trains the same student on; a fresh one does not depend on the order of what it saw.) The
-student with the lowest validation loss is the result.
+Round 0 trains a student on the seed alone, or is the student that was trained on the teacher's
+labels, which all further rounds then train on, too. Each further round has the teacher write rows
+for what the last student gets wrong, and trains a fresh student on the seed and all rows kept so
+far. (The paper trains the same student on; a fresh one does not depend on the order of what it
+saw.) The student with the lowest validation loss is the result.
 """
 
 import json
@@ -16,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from llkd_ray.artifacts import Rows, make, write_text
+from llkd_ray.artifacts import Artifact, Rows, make, write_text
 from llkd_ray.config import rule_named
-from llkd_ray.corpus import read_shards
 from llkd_ray.guided.asking import report_of
 from llkd_ray.guided.lessons import write_lessons, writer_of
+from llkd_ray.guided.mixture import lay_out
 from llkd_ray.guided.seed import TRAIN, write_seed
 from llkd_ray.guided.sift import Sources
 from llkd_ray.lineage import Lineage
@@ -48,6 +49,7 @@ def guide(lineage: Lineage, out: Path) -> tuple[Rows, dict[str, Any]]:
 
     Raises:
         ConfigError: The teacher cannot write, or there are too few rows with gold.
+        ArtifactError: Round 0 is a student that is not trained yet.
     """
     writer_of(lineage.experiment)
     section = lineage.experiment.guide
@@ -119,9 +121,12 @@ def make_lessons(lineage: Lineage, number: int) -> None:
 def make_round(lineage: Lineage, number: int) -> dict[str, Any]:
     """Train a round's student on the seed and all rows kept so far, and return what it came to."""
     experiment, artifact = lineage.experiment, lineage.round(number)
-    if not artifact.made:
+    if artifact.noun == "student":
+        artifact.require()
+    elif not artifact.made:
         with make(artifact, resume=True) as draft:
-            _lay_out(lineage, number, draft.folder / _LABELS / TRAIN)
+            shutil.rmtree(draft.folder / _LABELS, ignore_errors=True)
+            lay_out(_parts(lineage, number), draft.folder / _LABELS / TRAIN)
             trained = train.train(
                 draft.folder / _LABELS,
                 draft.folder,
@@ -135,14 +140,14 @@ def make_round(lineage: Lineage, number: int) -> dict[str, Any]:
                 origin=_origin(lineage, number),
             )
             shutil.rmtree(draft.folder / _LABELS)
-            report, _ = report_of(draft.folder / train.MODEL, lineage.seed.path, experiment)
-            write_text(draft.folder / REPORT, json.dumps(asdict(report), indent=2) + "\n")
+            report = _report(lineage, draft.folder)
+            write_text(draft.folder / REPORT, json.dumps(report, indent=2) + "\n")
             draft.rows, draft.details = trained.rows, trained.details
     made = artifact.manifest()
-    report_row = json.loads((artifact.path / REPORT).read_text(encoding="utf-8"))
+    report = _report(lineage, artifact.path)
     row = {
         "round": number,
-        **{key: report_row[key] for key in ("loss", "accuracy", "f1")},
+        **{key: report[key] for key in ("loss", "accuracy", "f1")},
         "training_rows": made.rows.taken,
         "training_s": made.seconds,
         "written": 0,
@@ -159,22 +164,34 @@ def make_round(lineage: Lineage, number: int) -> dict[str, Any]:
     return row
 
 
-def _lay_out(lineage: Lineage, number: int, folder: Path) -> None:
-    """Put the shards that a round trains on into one folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    parts = [lineage.seed, *(lineage.lessons(earlier) for earlier in range(1, number + 1))]
-    for at, part in enumerate(parts):
-        for shard in read_shards(part.path / TRAIN):
-            shutil.copyfile(shard, folder / f"shard-{at:05d}.parquet")
+def _parts(lineage: Lineage, number: int) -> list[Artifact]:
+    """Name what a round trains on; gold stands before the teacher's label of the same row."""
+    labels = [lineage.labels] if lineage.experiment.guide.start == "student" else []
+    return [lineage.seed, *(lineage.lessons(of) for of in range(1, number + 1)), *labels]
+
+
+def _report(lineage: Lineage, student: Path) -> dict[str, Any]:
+    """Return a student's validation report, which stands beside it where a round made it."""
+    file = student / REPORT
+    if file.is_file():
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+    report, _ = report_of(student / train.MODEL, lineage.seed.path, lineage.experiment)
+    return asdict(report)
 
 
 def _origin(lineage: Lineage, number: int) -> str:
-    gold = lineage.seed.manifest().rows.kept - lineage.experiment.guide.validation_rows
+    guide = lineage.experiment.guide
+    gold = lineage.seed.manifest().rows.kept - guide.validation_rows
     generated = sum(lineage.lessons(of).manifest().rows.kept for of in range(1, number + 1))
+    labelled = (
+        f", with {lineage.labels.manifest().rows.kept} labelled by one"
+        if guide.start == "student"
+        else ""
+    )
     return (
         f"{gold} texts labelled by people and {generated} written by a language model "
-        "(PGKD: arXiv 2411.05045)"
+        f"(PGKD: arXiv 2411.05045){labelled}"
     )
 
 

@@ -35,10 +35,12 @@ class Seed:
 def write_seed(corpus: Path, task: TaskSection, section: GuideSection, folder: Path) -> Rows:
     """Take the seed: task.examples and the first unlabeled rows with gold, by row_id.
 
-    The examples are trained on: their gold is as much a human's as that of the other rows.
+    The examples are trained on: their gold is as much a human's as that of the other rows. Rows
+    that validate a trained student, which has seen the unlabeled ones, are those of its split.
 
     Reads:
-        corpus/unlabeled/shard-*.parquet (schema.TEXT).
+        corpus/unlabeled/shard-*.parquet and, where guide.start is "student", corpus/validation
+        (schema.TEXT).
 
     Writes:
         folder/unlabeled (schema.labels) to train on, folder/validation (schema.TEXT).
@@ -47,19 +49,28 @@ def write_seed(corpus: Path, task: TaskSection, section: GuideSection, folder: P
         ConfigError: There are not so many rows with gold.
     """
     examples = {example.text.strip(): example.label for example in task.examples}
-    wanted = section.seed_rows - len(examples)
-    rows = _first_with_gold(corpus / "unlabeled", max(0, wanted))
-    if len(rows) < max(wanted, section.validation_rows):
-        raise ConfigError(
-            f"guide.seed_rows = {section.seed_rows}: beside {len(examples)} task.examples the "
-            f"unlabeled split has {len(rows)} rows with gold for it; lower guide.seed_rows, or "
-            "name the column of human labels in corpus.gold_column"
-        )
-    validation = rows[len(rows) - section.validation_rows :]
+    validated = section.validation_rows
+    trained = max(0, section.seed_rows - validated - len(examples))
+    wanted = (
+        {"unlabeled": trained + validated}
+        if section.start == "seed"
+        else {"unlabeled": trained, "validation": validated}
+    )
+    rows: list[dict[str, Any]] = []
+    for split, number in wanted.items():
+        found = _first_with_gold(corpus / split, number)
+        if len(found) < number:
+            raise ConfigError(
+                f"guide.seed_rows = {section.seed_rows}: beside {len(examples)} task.examples the "
+                f"{split} split has {len(found)} rows with gold for it, of {number}; lower "
+                "guide.seed_rows, or name the column of human labels in corpus.gold_column"
+            )
+        rows += found
+    validation = rows[trained:]
     shown = [
         {"row_id": row_id(text), "text": text, "gold": label} for text, label in examples.items()
     ]
-    train = [*shown, *rows[: len(rows) - section.validation_rows]]
+    train = [*shown, *rows[:trained]]
     for part in (TRAIN, VALIDATION):
         (folder / part).mkdir()
     pq.write_table(pa.Table.from_pylist(validation, schema.TEXT), folder / VALIDATION / SHARD)

@@ -85,7 +85,8 @@ def _against(what: str, value: float, threshold: float | None) -> str:
 
 def _of_student(run: Path, student: Path, row_id: str) -> Iterator[Told]:
     manifest = Manifest.model_validate_json((student / MANIFEST).read_text(encoding="utf-8"))
-    shards = run / f"labels-{manifest.inputs['labels']}" / "unlabeled"
+    [(noun, fingerprint)] = manifest.inputs.items()  # Labels, or a mixture with lessons.
+    shards = run / f"{noun}-{fingerprint}" / "unlabeled"
     if not shards.is_dir():
         raise ArtifactError(f"{shards}: the labels that {student.name} was trained on are gone")
     rows = _find(shards, row_id, ["row_id", "text", "gold", "label", "confidence"])

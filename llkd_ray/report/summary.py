@@ -91,6 +91,7 @@ def _seconds(run: RunTables) -> dict[str, float]:
         "labels": "label",
         "student": "train",
         "guided": "guide",
+        "mixture": "train",
         "scores": "evaluate",
         "cascade": "evaluate",
     }

@@ -161,6 +161,8 @@ def _named(lineage: Lineage) -> Iterator[tuple[str, Artifact]]:
     yield "corpus", lineage.corpus
     yield "readouts", lineage.readouts
     yield "labels", lineage.labels
+    if lineage.experiment.train.lessons:
+        yield "mixture", lineage.mixture
     for rule, artifact in lineage.students.items():
         own = rule == lineage.experiment.own_student
         yield artifact.noun if own else f"student ({rule})", artifact
