@@ -26,6 +26,7 @@ def mix(experiment: Experiment) -> None:
     lineage = Lineage(experiment)
     artifact = lineage.mixture
     if artifact.made:
+        print(f"train: {artifact.path} is there already")
         return
 
     from llkd_ray.artifacts import make

@@ -683,6 +683,22 @@ def test_a_rule_without_thresholds_has_no_plot_of_them(lineage):
     assert drawn == {"accuracy", "deciles", "kept", "purity", "reliability"}
 
 
+def test_a_guided_student_is_reported_as_the_experiments_own(lineage):
+    serve = lineage.experiment.serve.model_copy(update={"student": "guided"})
+    guided = Lineage(lineage.experiment.model_copy(update={"serve": serve}))
+    make_run(guided, "labels")
+    with make(guided.guided) as draft:
+        write_student(draft)
+        draft.details["best_round"] = 3
+    summary = write_report(guided)
+    assert summary.student is not None
+    assert summary.student.rule == "guided"
+    assert "guide" in summary.seconds
+    text = page_of(guided).text
+    assert "Round 3 of jobs/guide.py" in text
+    assert "student, guided" in text
+
+
 def test_a_report_is_made_anew_and_drops_what_is_no_longer_true(lineage):
     make_run(lineage)
     write_report(lineage)

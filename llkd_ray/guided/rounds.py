@@ -126,7 +126,7 @@ def make_round(lineage: Lineage, number: int) -> dict[str, Any]:
     elif not artifact.made:
         with make(artifact, resume=True) as draft:
             shutil.rmtree(draft.folder / _LABELS, ignore_errors=True)
-            lay_out(_parts(lineage, number), draft.folder / _LABELS / TRAIN)
+            counts = lay_out(_parts(lineage, number), draft.folder / _LABELS / TRAIN)
             trained = train.train(
                 draft.folder / _LABELS,
                 draft.folder,
@@ -137,11 +137,11 @@ def make_round(lineage: Lineage, number: int) -> dict[str, Any]:
                 section=experiment.train,
                 seed=experiment.seed,
                 cache=experiment.cache,
-                origin=_origin(lineage, number),
+                origin=_origin([copied for _, copied in counts], number),
             )
             shutil.rmtree(draft.folder / _LABELS)
-            report = _report(lineage, draft.folder)
-            write_text(draft.folder / REPORT, json.dumps(report, indent=2) + "\n")
+            found, _ = report_of(draft.folder / train.MODEL, lineage.seed.path, experiment)
+            write_text(draft.folder / REPORT, json.dumps(asdict(found), indent=2) + "\n")
             draft.rows, draft.details = trained.rows, trained.details
     made = artifact.manifest()
     report = _report(lineage, artifact.path)
@@ -180,18 +180,13 @@ def _report(lineage: Lineage, student: Path) -> dict[str, Any]:
     return asdict(report)
 
 
-def _origin(lineage: Lineage, number: int) -> str:
-    guide = lineage.experiment.guide
-    gold = lineage.seed.manifest().rows.kept - guide.validation_rows
-    generated = sum(lineage.lessons(of).manifest().rows.kept for of in range(1, number + 1))
-    labelled = (
-        f", with {lineage.labels.manifest().rows.kept} labelled by one"
-        if guide.start == "student"
-        else ""
-    )
+def _origin(copied: Sequence[int], number: int) -> str:
+    """Say where a round's rows come from, by how many there are of each of its `_parts`."""
+    gold, written, labelled = copied[0], sum(copied[1 : number + 1]), sum(copied[number + 1 :])
+    rest = f", with {labelled} labelled by one" if labelled else ""
     return (
-        f"{gold} texts labelled by people and {generated} written by a language model "
-        f"(PGKD: arXiv 2411.05045){labelled}"
+        f"{gold} texts labelled by people and {written} written by a language model "
+        f"(PGKD: arXiv 2411.05045){rest}"
     )
 
 
