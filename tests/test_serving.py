@@ -304,9 +304,12 @@ def test_a_request_whose_deadline_passes_while_it_waits_is_not_computed():
 @pytest.mark.slow
 def test_ctrl_c_ends_the_serve_job_without_traceback_or_left_processes(tmp_path, folder):
     port = free_port()
-    overrides = (f"runs={tmp_path}", f"serve.port={port}", "serve.backend=torch")
+    overrides = (
+        *(f"runs={tmp_path}", f"serve.port={port}", "serve.backend=torch"),
+        "serve.student=guided",
+    )
     lineage = Lineage(load_experiment(QUICKSTART, overrides))
-    with make(lineage.student()) as draft:
+    with make(lineage.guided) as draft:
         (draft.folder / MODEL).symlink_to(folder)
         draft.rows = Rows(taken=0, kept=0, rejected=0)
     job = subprocess.Popen(
@@ -322,6 +325,7 @@ def test_ctrl_c_ends_the_serve_job_without_traceback_or_left_processes(tmp_path,
     assert f"http://127.0.0.1:{port}" in job.stdout.readline()
     answer = httpx.post(f"http://127.0.0.1:{port}/v1/classify", json={"texts": ["Who?"]})
     assert answer.status_code == 200
+    assert answer.json()["model"] == f"guided-{lineage.guided.fingerprint}"
     started = psutil.Process(job.pid).children(recursive=True)
     assert started
     os.killpg(job.pid, signal.SIGINT)  # As a terminal does: everything in the foreground gets it.
