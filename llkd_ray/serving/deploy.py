@@ -30,6 +30,8 @@ from llkd_ray.teacher.engine import engine_environment
 
 _log = logging.getLogger(__name__)
 APP = "llkd"
+PROXIES = "EveryNode"
+"""Where Serve's proxies run."""
 _POLL_S = 0.2
 _SHUTDOWN_S = 30.0
 # Over so many seconds the requests of a replica are averaged; Serve hears of them every ten.
@@ -81,6 +83,11 @@ class Endpoint:
         # Serve awaits this when it stops a replica; a half-built one has no classifier.
         if hasattr(self, "_classifier"):
             await self._classifier.close()
+
+
+def http_options(config: ServeSection, port: int) -> dict[str, Any]:
+    """Return how Serve's proxies listen."""
+    return {"host": config.host, "port": port, "request_timeout_s": config.deadline_s}
 
 
 def student_app(
@@ -228,14 +235,7 @@ def running(
     replaces = APP in serve.status().applications
     try:
         if not joins:
-            serve.start(
-                proxy_location="EveryNode",
-                http_options={
-                    "host": config.host,
-                    "port": port,
-                    "request_timeout_s": config.deadline_s,
-                },
-            )
+            serve.start(proxy_location=PROXIES, http_options=http_options(config, port))
         # Not waiting here, so that waiting is ours: with a limit, and with the reason of a failure.
         serve.run_many(
             [serve.RunTarget(app, name=APP, route_prefix="/")], wait_for_applications_running=False

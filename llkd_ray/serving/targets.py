@@ -1,16 +1,18 @@
 """From an experiment's artifacts to what Serve runs."""
 
 import logging
+from typing import Any
 
+from pydantic import BaseModel, ConfigDict
 from ray import serve
 
-from llkd_ray.config import ServeSection, VLLMTeacher
+from llkd_ray.config import ServeSection, VLLMTeacher, load_experiment
 from llkd_ray.errors import TeacherError
 from llkd_ray.lineage import Lineage
 from llkd_ray.schema import CascadeSummary
 from llkd_ray.serving.cascade import Handover
 from llkd_ray.serving.composition import cascade_app
-from llkd_ray.serving.deploy import student_app, teacher_app
+from llkd_ray.serving.deploy import APP, PROXIES, http_options, student_app, teacher_app
 from llkd_ray.serving.protocol import Kind
 from llkd_ray.serving.teacher import TeacherModel, served_calibration
 from llkd_ray.serving.tradeoff import SUMMARY
@@ -18,6 +20,49 @@ from llkd_ray.student.train import MODEL
 from llkd_ray.teacher.actor import pool_of
 
 _log = logging.getLogger(__name__)
+
+
+class Named(BaseModel):
+    """What a Serve config names in `args`: an experiment, as on the command line of a job."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    experiment: str
+    """Path of its TOML, on every node that serves."""
+    overrides: tuple[str, ...] = ()
+
+
+def named(args: Named) -> serve.Application:
+    """Describe an experiment's endpoint; what a Serve config imports, see `serve_config`.
+
+    Raises:
+        LLKDError: As `load_experiment` and `application_of` do.
+    """
+    experiment = load_experiment(args.experiment, args.overrides)
+    return application_of(experiment.serve.target, Lineage(experiment), experiment.serve)
+
+
+def serve_config(args: Named) -> dict[str, Any]:
+    """Return the Serve config of an experiment's endpoint, for `serve deploy` and KubeRay.
+
+    Replicas, queues and deadlines are not in it: `named` takes them from the experiment.
+
+    Raises:
+        ConfigError: The experiment cannot be read.
+    """
+    config = load_experiment(args.experiment, args.overrides).serve
+    return {
+        "proxy_location": PROXIES,
+        "http_options": http_options(config, config.port),
+        "applications": [
+            {
+                "name": APP,
+                "route_prefix": "/",
+                "import_path": f"{named.__module__}:{named.__name__}",
+                "args": args.model_dump(mode="json", exclude_defaults=True),
+            }
+        ],
+    }
 
 
 def application_of(target: Kind, lineage: Lineage, config: ServeSection) -> serve.Application:
