@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from llkd_ray import sources
 from llkd_ray.config import VLLMTeacher, load_experiment
 from llkd_ray.embedded import TEACHERS
+from llkd_ray.teacher.layout import Codec
 from llkd_ray.teacher.pretrained import teacher_folder
 from llkd_ray.teacher.verbalizer import choose_readout
 
@@ -46,9 +47,10 @@ def test_an_embedded_teacher_reads_each_label_of_a_data_set_in_one_pass(model: s
     experiments = [load_experiment(ROOT / f"jobs/configs/{name}.toml") for name in DATA_SETS]
     folder = teacher_folder(model, experiments[0].cache)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    codec = Codec(tokenizer)  # Takes seconds where there are a quarter of a million tokens.
     for experiment in experiments:
         assert isinstance(experiment.teacher, VLLMTeacher)
-        readout = choose_readout(tokenizer, experiment.task, experiment.teacher)
+        readout = choose_readout(tokenizer, experiment.task, experiment.teacher, codec)
         assert (readout.kind, len(readout.branches)) == ("first_token", 1), experiment.name
 
 

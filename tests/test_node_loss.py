@@ -1,6 +1,7 @@
 """A node of a cluster, of several raylets on this machine, is lost in the middle of training."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,8 @@ cluster.shutdown()
 def test_training_goes_on_with_the_workers_that_are_left(
     tmp_path: Path, folders: tuple[Path, Path], small_encoder: Path
 ) -> None:
+    # Ray Train may first hope for the lost node; a minute is what it would wait for it.
+    environment = {**os.environ, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT, *map(str, (*folders, tmp_path, small_encoder))],
         capture_output=True,
@@ -52,6 +55,7 @@ def test_training_goes_on_with_the_workers_that_are_left(
         timeout=400,
         check=False,
         cwd=Path(__file__).parent,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])

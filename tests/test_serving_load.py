@@ -1,6 +1,7 @@
 """The endpoint under load: deadlines, full queues, metrics, updates, deaths, and more replicas."""
 
 import asyncio
+import contextlib
 import sys
 import threading
 import time
@@ -103,12 +104,17 @@ def test_replicas_come_with_the_load_and_go_with_it(ray_local, folder):  # noqa:
     scaling = {"num_replicas": (1, 2), "target_ongoing_requests": 1.0, "downscale_delay_s": 3.0}
     with serve(folder, **scaling) as url:
         assert len(served.replicas()) == 1
-        load = threading.Thread(target=lambda: asyncio.run(served.Load(url).rate(6, 40.0)))
-        load.start()
-        wait_for_replicas(2, 120)
-        load.join()
+        asyncio.run(load_until_there_are_two(url))
         wait_for_replicas(1, 120)
         assert post(url, ["Who?"]).status_code == 200
+
+
+async def load_until_there_are_two(url):
+    load = asyncio.create_task(served.Load(url).rate(6, 300.0))
+    await asyncio.to_thread(wait_for_replicas, 2, 120)
+    load.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await load
 
 
 def wait_for_replicas(number, timeout_s):

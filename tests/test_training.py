@@ -156,7 +156,8 @@ def test_a_rule_that_keeps_nothing_for_ever_is_told(tmp_path, work):
 @pytest.mark.slow
 def test_training_ends_where_a_rule_keeps_no_row_any_more(tmp_path, work):
     while_unsure = FixedRule(teacher_threshold=0.0, student_threshold=0.97)
-    progress = run_workers(tmp_path, changed(work, rule=while_unsure, steps=10_000), 1)
+    work = changed(work, rule=while_unsure, steps=10_000, learning_rate=2e-3)
+    progress = run_workers(tmp_path, work, 1)
     kept = [row["kept"] for row in progress.epochs]
     assert kept[0] > 0
     assert kept[-20:] == [0] * 20

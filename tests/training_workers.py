@@ -6,9 +6,12 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from multiprocessing import forkserver
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from training_data import NAMES
 
@@ -21,7 +24,9 @@ from llkd_ray.student.worker import Context, Work
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Workers are forks of one process that has imported everything: a start takes no seconds.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["training_workers", "deepspeed", "transformers.models.bert"])
+FORKS.set_forkserver_preload(
+    ["training_workers", "deepspeed", "transformers.models.bert.modeling_bert"]
+)
 
 TRAIN = TrainSection(
     num_workers=2, epochs=2, batch_size=16, scoring_batch_size=32, learning_rate=2e-4
@@ -75,6 +80,10 @@ def run_workers(out, work, world_size, *, restored=None, killed_at=None):
     Returns the progress after the last epoch, or at the checkpoint after which all were killed.
     """
     out.mkdir(parents=True, exist_ok=True)
+    with pytest.MonkeyPatch.context() as environment:
+        # Python 3.11 does not tell the process its path, and it skips what it does not find.
+        environment.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
     meeting = out / f"meeting-{time.monotonic_ns()}"
     workers = [
         FORKS.Process(
