@@ -54,8 +54,10 @@ def targets(experiment: Experiment) -> "Generator[Target, None, None]":
     """Yield each endpoint while it answers: those that serve already, and ours, deployed for it."""
     from llkd_ray.bench.session import Target
     from llkd_ray.cluster import ray_session
+    from llkd_ray.serving.ingress import environment_of
 
     section = experiment.bench
+    os.environ.update(environment_of(experiment.serve))  # Serve reads it when it is imported.
     with ExitStack() as stack:
         if any(section.url_of(name) is None for name in section.targets):
             stack.enter_context(ray_session(experiment.ray))

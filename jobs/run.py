@@ -1,5 +1,6 @@
 """Run the whole flow: prepare, label, train, evaluate, bench, report; what is made is kept."""
 
+import os
 import sys
 import time
 
@@ -18,6 +19,7 @@ def run(experiment: Experiment) -> None:
 
     from llkd_ray.cluster import ray_session
     from llkd_ray.lineage import Lineage
+    from llkd_ray.serving.ingress import environment_of
 
     started = time.perf_counter()
     lineage = Lineage(experiment)
@@ -29,6 +31,7 @@ def run(experiment: Experiment) -> None:
         if evaluate.has_cascade(experiment):
             artifacts.append(lineage.cascade)
     if not all(artifact.made for artifact in artifacts):
+        os.environ.update(environment_of(experiment.serve))  # Ray's processes inherit it.
         # One Ray for all stages; a stage by itself would start its own.
         with ray_session(experiment.ray):
             label.label(experiment)

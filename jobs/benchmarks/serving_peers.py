@@ -77,6 +77,7 @@ def compare(
     others: list[Target],
     *,
     rounds: int,
+    serve: ServeSection,
     bench: BenchSection,
 ) -> dict[str, Any]:
     """Start everything, measure it in turns and return the figures.
@@ -87,12 +88,16 @@ def compare(
         texts: To be sent.
         others: Peers that serve already.
         rounds: How often each is measured.
+        serve: Of our endpoint.
         bench: What is measured each time.
     """
+    from llkd_ray.serving.ingress import environment_of
+
+    os.environ.update(environment_of(serve))  # Serve reads it when it is imported.
+
     from llkd_ray.cluster import ray_session
     from llkd_ray.serving.deploy import running, student_app
 
-    serve = ServeSection(port=0, threads_per_replica=THREADS)
     alone_rates: list[float] = []
     found: dict[str, list[tuple[float, float]]] = {}
     with contextlib.ExitStack() as stack:
@@ -131,6 +136,7 @@ def compare(
         "inprocess_texts_per_s": round(alone_rate, 1),
         "p50_ms": {name: round(value, 2) for name, value in p50_ms.items()},
         "texts_per_s": {name: round(value, 1) for name, value in rates.items()},
+        "ingress": serve.ingress,
         "rounds": rounds,
         "threads": THREADS,
     }
@@ -303,7 +309,9 @@ def main() -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--runs", type=Path, help="folder with a run of the quickstart")
     parser.add_argument("--peer", type=peer_of, action="append", default=[])
+    parser.add_argument("--ingress", choices=["serve", "haproxy"], default="serve")
     arguments = parser.parse_args()
+    serve = ServeSection(port=0, threads_per_replica=THREADS, ingress=arguments.ingress)
     bench = BenchSection(
         single_requests=30 if arguments.quick else 100,
         batch_requests=1,
@@ -322,7 +330,9 @@ def main() -> int:
             else:
                 plain, onnx = served.make_student(Path(folder))
             rounds = 1 if arguments.quick else 3
-            return compare(plain, onnx, texts, arguments.peer, rounds=rounds, bench=bench)
+            return compare(
+                plain, onnx, texts, arguments.peer, rounds=rounds, serve=serve, bench=bench
+            )
 
     return figures.run(benchmark)
 
