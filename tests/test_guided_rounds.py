@@ -376,7 +376,7 @@ def test_a_trained_student_is_guided_and_what_was_written_for_it_trains_another(
         (draft.folder / TRAIN).mkdir()
         write_labelled(draft.folder / TRAIN / SHARD, unlabeled[:150], names)
         draft.rows = Rows(taken=150, kept=150, rejected=0)
-    # Of what the teacher wrote in round 1, one text stands in the corpus, too.
+    # Ten of the texts that the teacher wrote in round 1 stand among the labels, too.
     rows = [row | {"read": row["gold"]} for row in unlabeled[140:150] + unlabeled[200:300]]
     lay_out_written(lineage, rows)
 
