@@ -92,7 +92,7 @@ def test_label_and_train_run_as_submitted_jobs(
             f"student.model={small_encoder}",
         )
     )
-    assert small.job("prepare").returncode == 0
+    small.stage("prepare")
     labelled = submit(dashboard, "label", *small.overrides)
     assert labelled.returncode == 0, labelled.stdout + labelled.stderr
     assert small.lineage.labels.manifest().rows.kept == 64

@@ -15,7 +15,7 @@ from transformers import (
     RobertaConfig,
     pipeline,
 )
-from untrained import questions, untrained_student
+from untrained import questions
 
 from llkd_ray.config import EncoderStudent, EvaluateSection, ExportSection, ServeSection
 from llkd_ray.serving.student import StudentClassifier
@@ -56,8 +56,13 @@ _CLASSES = {
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    return untrained_student(tmp_path_factory.mktemp("student"))
+def student(small_encoder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("student")
+    model = load_untrained(EncoderStudent(model=str(small_encoder)), NAMES, seed=0)
+    model.classifier.weight.data *= 20  # So that it tells texts apart.
+    model.save_pretrained(folder)
+    load_tokenizer(small_encoder).save_pretrained(folder)
+    return folder
 
 
 def find(student, labels, corpus, fraction=0.0):
@@ -135,6 +140,7 @@ def _column(split, name):
 def test_every_kind_of_student_has_its_logits_divided(tmp_path, small_encoder, config):
     ours = {"llkd_ray_mean_pooled": MeanPooledClassifier, "llkd_ray_static": StaticClassifier}
     made = ours.get(config.model_type, AutoModelForSequenceClassification.from_config)
+    torch.manual_seed(0)
     made(config).save_pretrained(tmp_path)
     load_tokenizer(small_encoder).save_pretrained(tmp_path)
     before, after = _logits(tmp_path), None
@@ -155,13 +161,8 @@ def _logits(folder):
 
 
 def test_whatever_computes_the_student_gives_the_calibrated_probabilities(
-    tmp_path, folders, small_encoder
+    tmp_path, folders, student
 ):
-    student = tmp_path / "plain"
-    model = load_untrained(EncoderStudent(model=str(small_encoder)), NAMES, seed=0)
-    model.classifier.weight.data *= 20  # So that it tells texts apart.
-    model.save_pretrained(student)
-    load_tokenizer(small_encoder).save_pretrained(student)
     calibrated = tmp_path / "calibrated"
     shutil.copytree(student, calibrated)
     set_temperature(calibrated, HALF)
