@@ -1,7 +1,6 @@
 """Jobs on a running cluster, submitted as the README says."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import QUICKSTART, ROOT, Run
 
+sys.path.insert(0, str(ROOT / "jobs/benchmarks"))
+
+import autoscaling
+
 pytestmark = pytest.mark.slow
 
 BIN = Path(sys.executable).parent
@@ -20,20 +23,10 @@ BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for open_socket in sockets:
-        open_socket.bind(("127.0.0.1", 0))
-    ports = [open_socket.getsockname()[1] for open_socket in sockets]
-    for open_socket in sockets:
-        open_socket.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A cluster of one node started from the command line; its jobs are submitted to this URL."""
-    gcs, http, agent = free_ports(3)
+    gcs, http, agent = autoscaling.free_ports(3)
     log = tmp_path_factory.mktemp("cluster") / "log"
     start = [BIN / "ray", "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2"]
     start += [f"--dashboard-port={http}", "--node-ip-address=127.0.0.1"]
@@ -55,7 +48,7 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.5)
         yield url
-        cluster.terminate()
+        autoscaling.end(cluster)  # Asked to end, it would wait half a minute.
 
 
 def answers(url: str) -> bool:
