@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from llkd_ray.config import Experiment, RaySection, load_experiment
 from llkd_ray.lineage import Lineage
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# A shell script's background jobs ignore Ctrl-C, and so would the jobs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "jobs"))
 QUICKSTART = ROOT / "jobs/configs/quickstart.toml"
