@@ -350,6 +350,8 @@ def main() -> int:
     parser = figures.parser_of(__doc__, "a scripted teacher instead of the LLM: the cluster alone")
     parser.add_argument("--out", type=Path, help="folder for autoscaling.png and autoscaling.json")
     arguments = parser.parse_args()
+    # Its nodes, its jobs and this process have to agree; the cluster is of this machine alone.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     # Ended from outside, it ends its cluster too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return figures.run(lambda: measure(arguments.out, scripted=arguments.quick))
