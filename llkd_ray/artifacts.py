@@ -212,16 +212,38 @@ def write_text(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
+def being_made(folder: Path) -> bool:
+    """Tell whether a process is making the artifact with this folder at the moment."""
+    file = _lock_of(folder)
+    if not file.is_file():
+        return False
+    with file.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
 @contextlib.contextmanager
 def _only_maker(artifact: Artifact) -> Iterator[None]:
     """Hold the artifact's lock; the kernel lets go of it however the process ends."""
-    with open(artifact.run / f".{artifact.noun}-{artifact.fingerprint}.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with _lock_of(artifact.path).open("w") as lock:
+        for patience_s in (0.1, 0.0):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                # Somebody may only be asking, in `being_made`.
+                time.sleep(patience_s)
+        else:
             raise ArtifactError(
                 f"{artifact.path}: another process is making this now; wait for it, or stop it"
-            ) from None
+            )
         yield
 
 

@@ -6,9 +6,11 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from llkd_ray.config import Experiment, as_tree, load_experiment
 from llkd_ray.errors import LLKDError
+from llkd_ray.journal import recorded
 
 
 def run_job(
@@ -19,7 +21,7 @@ def run_job(
     status: Callable[[Experiment], None] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Read the experiment and run a job on it.
+    """Read the experiment and run a job on it; the run's journal tells that it ran.
 
     Args:
         summary: What the job does, for `--help`.
@@ -32,14 +34,7 @@ def run_job(
     Returns:
         The exit status: 0 done, 1 an `LLKDError` (one line on standard error), 130 interrupted.
     """
-    parser = argparse.ArgumentParser(description=summary)
-    parser.add_argument("experiment", metavar="EXPERIMENT.toml")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.key=value",
-        help="replaces a key of the experiment, e.g. train.epochs=2",
-    )
+    parser = parser_of(summary)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -48,14 +43,8 @@ def run_job(
     if status is not None:
         parser.add_argument("--status", action="store_true", help="print how far it is and stop")
     arguments = parser.parse_args(argv)
-    # What a stage has written shows at once and in order, in a log file too.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)
-    # Ray and vLLM log through the root logger too; ours says what was done, theirs what is wrong.
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("llkd_ray").setLevel(logging.INFO)
-    try:
-        experiment = load_experiment(arguments.experiment, arguments.overrides)
+
+    def act(experiment: Experiment) -> None:
         if status is not None and arguments.status:
             status(experiment)
         elif arguments.dry_run:
@@ -63,7 +52,44 @@ def run_job(
             if dry_run is not None:
                 dry_run(experiment)
         else:
-            job(experiment)
+            run = Path(experiment.runs).expanduser() / experiment.name
+            with recorded(run, Path(sys.argv[0]).stem, arguments.overrides):
+                job(experiment)
+
+    return answer(arguments, act)
+
+
+def parser_of(summary: str) -> argparse.ArgumentParser:
+    """Return the parser of what all jobs understand.
+
+    Args:
+        summary: What the job does, for `--help`.
+    """
+    parser = argparse.ArgumentParser(description=summary)
+    parser.add_argument("experiment", metavar="EXPERIMENT.toml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="replaces a key of the experiment, e.g. train.epochs=2",
+    )
+    return parser
+
+
+def answer(arguments: argparse.Namespace, act: Callable[[Experiment], None]) -> int:
+    """Act on the experiment that the arguments name, and say in one line what went wrong.
+
+    Returns:
+        The exit status, as of `run_job`.
+    """
+    # What a stage has written shows at once and in order, in a log file too.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
+    # Ray and vLLM log through the root logger too; ours says what was done, theirs what is wrong.
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("llkd_ray").setLevel(logging.INFO)
+    try:
+        act(load_experiment(arguments.experiment, arguments.overrides))
     except LLKDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

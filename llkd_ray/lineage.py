@@ -4,7 +4,7 @@ Fingerprints follow from the experiment and the identity of its inputs alone, so
 whether its input is there, and whether its output is still true, in a moment.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ class Lineage:
             "corpus",
             "prepare",
             {
-                "corpus": as_tree(experiment.corpus),
-                "source": sources.identity(experiment.corpus),
+                "corpus": _without(experiment.corpus, "source"),
+                "source": sources.identity(experiment.corpus, self._cache),
                 "labels": [
                     {"name": label.name, "gold": list(label.gold)}
                     for label in experiment.task.labels
@@ -161,12 +161,11 @@ class Lineage:
     def _training(self, rule: str) -> dict[str, Any]:
         """Return what decides a student's weights, the labels aside."""
         experiment = self.experiment
-        train = dict(as_tree(experiment.train))
-        for key in (
+        train = _without(
+            experiment.train,
             *("max_failures", "cpus_per_worker", "threads_per_worker", "checkpoint_steps"),
             "lessons",
-        ):
-            del train[key]
+        )
         return {
             "selection": as_tree(rule_named(rule, experiment.selection)),
             "student": as_tree(experiment.student),
@@ -308,6 +307,39 @@ class Lineage:
         )
 
     @property
+    def main_line(self) -> list[Artifact]:
+        """What the experiment comes to from end to end, in the order of making."""
+        experiment = self.experiment
+        guides = experiment.serve.student == "guided" or experiment.train.lessons
+        return _distinct(
+            [
+                *(self.corpus, self.readouts, self.labels),
+                *([self.guided] if guides else []),
+                *(self.labelled, *self.students.values(), self.served),
+                *([self.cascade] if experiment.asks_for_cascade else []),
+                *(self.scores, self.bench),
+            ]
+        )
+
+    @property
+    def artifacts(self) -> list[Artifact]:
+        """Everything that any job makes of this experiment, in an order of making."""
+        exports = [self.onnx("trained"), self.onnx("guided")]
+        return _distinct(
+            [
+                *(self.corpus, self.readouts, self.labels, self.seed, *self._rounds(), self.guided),
+                *(self.labelled, self.student(), *self.students.values(), *exports),
+                *(self.cascade, self.scores, self.bench, self.comparison),
+            ]
+        )
+
+    def _rounds(self) -> Iterator[Artifact]:
+        yield self.round(0)
+        for number in range(1, self.experiment.guide.rounds + 1):
+            yield self.lessons(number)
+            yield self.round(number)
+
+    @property
     def _serving_teacher(self) -> Mapping[str, Any]:
         """What decides the speed of the teacher when it is served."""
         teacher = self.experiment.teacher
@@ -323,7 +355,12 @@ class Lineage:
             return []
         read = _only(corpus, "text_column", "gold_column", "max_text_chars")
         gold = [[label.name, *label.gold] for label in task.labels]
-        return [*sources.identity(corpus, task.examples_source), task.max_examples, read, gold]
+        source = sources.identity(corpus, self._cache, task.examples_source)
+        return [*source, task.max_examples, read, gold]
+
+    @property
+    def _cache(self) -> Path:
+        return Path(self.experiment.cache).expanduser()
 
     def _artifact(
         self, noun: str, job: str, settings: Mapping[str, Any], *inputs: Artifact
@@ -342,10 +379,20 @@ class Lineage:
         )
 
 
+def _distinct(artifacts: list[Artifact]) -> list[Artifact]:
+    """Leave out those that were named before."""
+    return list({artifact.path: artifact for artifact in artifacts}.values())
+
+
 def _only(section: BaseModel, *keys: str) -> dict[str, Any]:
     """Return some keys of a section."""
     tree = as_tree(section)
     return {key: tree[key] for key in keys}
+
+
+def _without(section: BaseModel, *keys: str) -> dict[str, Any]:
+    """Return a section but for some keys."""
+    return {key: value for key, value in as_tree(section).items() if key not in keys}
 
 
 def _content(file: str | None) -> str | None:

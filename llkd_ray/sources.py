@@ -6,6 +6,7 @@ a `CorpusError`. Bytes that are not UTF-8 become lone surrogates, which no valid
 """
 
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 
 from llkd_ray import embedded
 from llkd_ray.config import CorpusSection
+from llkd_ray.digests import digests
 from llkd_ray.errors import CorpusError
 
 _log = logging.getLogger(__name__)
@@ -65,11 +67,16 @@ class _File:
         return self.path.rsplit("/", 1)[-1]
 
 
-def identity(config: CorpusSection, examples_source: str | None = None) -> list[str]:
-    """Name the exact content of a source: package and version, or size and time of each file.
+def identity(config: CorpusSection, cache: Path, examples_source: str | None = None) -> list[str]:
+    """Name the exact content of a source.
+
+    What is built in goes by package and version; a local file by its name and a hash of its
+    content, so that a copy, or the folder mounted anew, is the same source; a file in an object
+    store by path, size and time, which there change with the object alone.
 
     Args:
         config: Names the source.
+        cache: Folder that remembers hashes.
         examples_source: `task.examples_source`, to be read in the place of `config.source`.
 
     Raises:
@@ -79,7 +86,11 @@ def identity(config: CorpusSection, examples_source: str | None = None) -> list[
     if source in embedded.CORPORA:
         return [embedded.revision(source)]
     files = _files(config, examples_source)
-    return [f"{file.path} {file.size_bytes} {file.mtime_ns}" for file in files]
+    if not isinstance(files[0].filesystem, pyarrow.fs.LocalFileSystem):
+        return [f"{file.path} {file.size_bytes} {file.mtime_ns}" for file in files]
+    memory = cache / f"digests/{hashlib.sha256(source.encode()).hexdigest()[:16]}.json"
+    hashes = digests([Path(file.path) for file in files], memory)
+    return [f"{file.name} sha256:{hash_}" for file, hash_ in zip(files, hashes, strict=True)]
 
 
 def size_bytes(config: CorpusSection) -> int:

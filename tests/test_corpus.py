@@ -1,4 +1,7 @@
+import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,6 +11,7 @@ from conftest import QUICKSTART, Run, run_job
 
 from llkd_ray import corpus, sources
 from llkd_ray.config import CorpusSection, Example, Label, TaskSection
+from llkd_ray.digests import digests
 from llkd_ray.errors import CorpusError, TooManyRejectedError
 
 TASK = TaskSection(labels=(Label(name="good", gold=("1",)), Label(name="bad", gold=("0",))))
@@ -277,8 +281,39 @@ def test_a_pool_without_gold_is_told(tmp_path: Path) -> None:
 def test_the_source_of_the_pool_has_an_identity_of_its_own(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "rows.parquet", text=["a"])
     other = write_parquet(tmp_path / "pool.parquet", text=["b"])
-    assert sources.identity(config(path), str(other)) == sources.identity(config(other))
-    assert sources.identity(config(path), str(other)) != sources.identity(config(path))
+    of_pool = sources.identity(config(path), tmp_path, str(other))
+    assert of_pool == sources.identity(config(other), tmp_path)
+    assert of_pool != sources.identity(config(path), tmp_path)
+
+
+def test_a_copy_is_the_same_source_and_a_changed_file_another(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text\nfirst\nsecond\n")
+    found = sources.identity(config(path), tmp_path)
+    os.utime(path, (1, 1))
+    assert sources.identity(config(path), tmp_path) == found
+    copy = tmp_path / "elsewhere/rows.csv"
+    copy.parent.mkdir()
+    shutil.copyfile(path, copy)
+    assert sources.identity(config(copy), tmp_path) == found
+    path.write_text("text\nfirst\nSECOND\n")
+    assert sources.identity(config(path), tmp_path) != found
+
+
+def test_a_file_of_the_same_size_and_time_is_not_read_again(tmp_path: Path) -> None:
+    path, memory = tmp_path / "rows.csv", tmp_path / "cache/memory.json"
+    path.write_text("first")
+    os.utime(path, (1, 1))
+    found = digests([path], memory)
+    assert found == [hashlib.sha256(b"first").hexdigest()]
+    path.write_text("other")
+    os.utime(path, (1, 1))
+    assert digests([path], memory) == found
+    memory.write_text('{"cut off')
+    assert digests([path], memory) == [hashlib.sha256(b"other").hexdigest()]
+    folder = tmp_path / "no_file"
+    folder.mkdir()
+    assert digests([folder], memory) == [""], "what cannot be read is the reader's to tell"
 
 
 def test_shards_hold_the_configured_number_of_rows(tmp_path: Path) -> None:

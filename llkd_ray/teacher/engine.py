@@ -76,6 +76,7 @@ class Engine:
                 SamplingParams(
                     **sampling_arguments(list(branch.tokens)),
                     output_kind=RequestOutputKind.FINAL_ONLY,
+                    skip_clone=True,  # Nobody changes them, so no row needs a deep copy.
                 ),
             )
             for branch in self._prompt.readout.branches

@@ -181,6 +181,8 @@ def _ask(window: list[tuple[Shard, int]], opening: Opening, ledger: Ledger, tall
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # A thread for each task, on the cores that the teacher could use; nobody reads what it finds.
+    context.memory_usage_poll_interval_s = None
     teacher = opening.teacher
     actors = teacher.actors
     shards = [asdict(shard) for shard, _ in window]

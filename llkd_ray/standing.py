@@ -1,0 +1,131 @@
+"""How a run stands: what of an experiment is made, what is being made, what belongs to others."""
+
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from llkd_ray.artifacts import MANIFEST, Artifact, Manifest, being_made
+from llkd_ray.compare.variants import variants_of
+from llkd_ray.errors import ArtifactError
+from llkd_ray.lineage import Lineage
+
+State = Literal["made", "being made", "unfinished", "not made"]
+
+_FOLDER = re.compile(r"(?P<noun>[a-z]+)-[0-9a-f]{12}(?P<unfinished>\.making)?(?P<gone>\.removed)?")
+_DAY_S = 86_400
+
+
+@dataclass(frozen=True)
+class Standing:
+    """An artifact of the experiment."""
+
+    artifact: Artifact
+    state: State
+    manifest: Manifest | None
+    """Of a made one."""
+    size_bytes: int
+
+    @property
+    def cost_usd(self) -> float:
+        """What the teacher cost for it, as far as its stage counts that."""
+        return float(self.manifest.details.get("cost_usd") or 0) if self.manifest else 0.0
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A folder of the run that the experiment does not name."""
+
+    path: Path
+    size_bytes: int
+    age_s: float
+    """Since it was last written to."""
+
+    @property
+    def answers(self) -> bool:
+        """Whether it holds answers of a teacher, which cost something to get again."""
+        return self.path.name.startswith("ledger-")
+
+
+def standings(lineage: Lineage) -> Iterator[Standing]:
+    """Yield the experiment's artifacts in the order of their making.
+
+    Those that only some experiments need are left out until something of them is there.
+    """
+    main_line = {artifact.path for artifact in lineage.main_line}
+    for artifact in lineage.artifacts:
+        standing = _standing(artifact)
+        if standing.state != "not made" or artifact.path in main_line:
+            yield standing
+
+
+def leftovers(lineage: Lineage) -> list[Leftover]:
+    """List what in the run's folder was made from other settings, the oldest first.
+
+    Raises:
+        ArtifactError: Such a thing is being made now, of others that it may need.
+    """
+    if not lineage.run.is_dir():
+        return []
+    named = _named(lineage)
+    found = []
+    for path in lineage.run.iterdir():
+        match = _FOLDER.fullmatch(path.name)
+        if match is None or path in named or not path.is_dir():
+            continue
+        if match["unfinished"] and being_made(path.with_suffix("")):
+            raise ArtifactError(
+                f"{path}: a job with other settings is at work here, and needs what was made with "
+                "them; wait for it, or stop it"
+            )
+        found.append(Leftover(path, _size_bytes(path), time.time() - _written(path)))
+    return sorted(found, key=lambda leftover: -leftover.age_s)
+
+
+def _named(lineage: Lineage) -> set[Path]:
+    """Return the folders that an experiment, or a variant that it compares, may make or read."""
+    variants = [Lineage(variant.experiment) for variant in variants_of(lineage.experiment)]
+    artifacts = [
+        *lineage.artifacts,
+        *(labels for one in variants for labels in (one.corpus, one.readouts, one.labels)),
+    ]
+    ledgers = {one.ledger for one in (lineage, *variants)}
+    return ledgers | {path for item in artifacts for path in (item.path, item.making)}
+
+
+def remove(leftover: Leftover) -> None:
+    """Delete a leftover; killed on the way, it is no artifact any more and goes next time."""
+    gone = leftover.path
+    if gone.suffix != ".removed":
+        gone = gone.with_name(f"{gone.name}.removed")
+        leftover.path.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _standing(artifact: Artifact) -> Standing:
+    if artifact.made:
+        return Standing(artifact, "made", artifact.manifest(), _size_bytes(artifact.path))
+    if not artifact.making.is_dir():
+        return Standing(artifact, "not made", None, 0)
+    state: State = "being made" if being_made(artifact.path) else "unfinished"
+    return Standing(artifact, state, None, _size_bytes(artifact.making))
+
+
+def _size_bytes(folder: Path) -> int:
+    """Add up the files; those that vanish meanwhile do not count."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def _written(folder: Path) -> float:
+    """Return when a folder was last written to, in seconds since 1970."""
+    manifest = folder / MANIFEST
+    return (manifest if manifest.is_file() else folder).stat().st_mtime
