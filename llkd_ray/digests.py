@@ -32,7 +32,7 @@ def digests(paths: Sequence[Path], memory: Path) -> list[str]:
         bar = None
         if sum(new.values()) > _SOON_BYTES:
             bar = stack.enter_context(progress("hash", "MB", total=sum(new.values()) // 10**6))
-        taken = {
+        taken: dict[str, list[Any]] = {
             path: [size, time, _sha256(path, bar) if path in new else known[path][2]]
             for path, (size, time) in seen.items()
         }

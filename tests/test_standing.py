@@ -1,8 +1,6 @@
 """How a run stands, what is left over in it, and what its journal tells; artifacts made by hand."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -147,13 +145,12 @@ def test_a_job_that_was_killed_has_not_ended(run: Run) -> None:
         "with recorded(Path(sys.argv[2]), 'label', []):\n    print(flush=True); time.sleep(60)"
     )
     folder = run.lineage.run
-    killed = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", code, str(ROOT), str(folder)], stdout=subprocess.PIPE
-    )
-    assert killed.stdout is not None
-    killed.stdout.readline()
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
+    ) as killed:
+        assert killed.stdout is not None
+        killed.stdout.readline()
+        killed.kill()
     with (folder / journal.FILE).open("a") as file:
         file.write('{"cut off')
     last = journal.last_of_each_stage(folder)["label"]
