@@ -28,7 +28,7 @@ def status(experiment: Experiment) -> None:
             f"{one.artifact.job:9} {one.artifact.path.name:26} {one.state:10} "
             f"{made.created[:16].replace('T', ' ') if made else '':16} "
             f"{f'{made.seconds:.0f}' if made else '':>8} {rows[0]:>10} {rows[1]:>9} "
-            f"{one.size_bytes / 1e6:>8.1f} {one.cost_usd or '':>9.6}"
+            f"{_megabytes(one.size_bytes):>8} {one.cost_usd or '':>9.6}"
         )
         seconds += made.seconds if made else 0
         cost_usd += one.cost_usd
@@ -46,6 +46,10 @@ def status(experiment: Experiment) -> None:
             f"{len(others)} folders were made from other settings, {size:.1f} MB; jobs/clean.py "
             "lists and removes them"
         )
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.1f}" if size_bytes else ""
 
 
 def _told(entry: dict[str, Any]) -> str:

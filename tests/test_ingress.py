@@ -93,6 +93,28 @@ def test_a_client_that_has_left_is_not_served_again():
     async def send(message):
         sent.append(message)
 
-    asyncio.run(Ingress(app)({"type": "http", "path": "/predict"}, receive, send))
+    scope = {"type": "http", "path": "/predict", "headers": []}
+    asyncio.run(Ingress(app)(scope, receive, send))
     assert len(calls) == 1
     assert sent == []
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [(b"a-1/b", [b"a-1/b"]), (b"\xff\xfe", []), (b'{"forged": 1}', []), (b"x" * 200, [])],
+)
+def test_an_id_that_is_not_sane_does_not_reach_the_proxy(given, passed):
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.extend(value for name, value in scope["headers"] if name == b"x-request-id")
+        assert (b"accept", b"*/*") in scope["headers"]
+        await JSONResponse({})(scope, receive, send)
+
+    async def ask():
+        transport = httpx.ASGITransport(Ingress(app))
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            return await client.get("/v1/model", headers={"X-Request-Id": given})
+
+    assert asyncio.run(ask()).status_code == 200
+    assert seen == passed

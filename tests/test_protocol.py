@@ -228,18 +228,7 @@ def test_a_thousand_malformed_requests_are_refused_and_a_good_one_is_answered_af
     assert replicas == {"RUNNING": 1}
 
 
-SERVES_OWN = pytest.mark.xfail(
-    strict=True, reason="Serve 2.60's proxy decodes the id itself, and answers 500 on its own"
-)
-
-
-@pytest.mark.parametrize(
-    "sent",
-    [
-        pytest.param(sent, id=name, marks=SERVES_OWN if name == "an id that is no UTF-8" else ())
-        for name, sent in RAW.items()
-    ],
-)
+@pytest.mark.parametrize("sent", [pytest.param(sent, id=name) for name, sent in RAW.items()])
 def test_what_is_hardly_http_gets_no_5xx(url, client, sent):
     with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), 30) as raw:
         raw.settimeout(2)

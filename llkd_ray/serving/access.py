@@ -22,7 +22,7 @@ from llkd_ray.serving.protocol import Classification
 
 _log = logging.getLogger(__name__)
 # What tracing systems send, and nothing that could forge a line of a log.
-_SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}", re.ASCII)
+SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 CLIENT_LEFT = 499
 """Status on record when a client left, or its time was up, before it had an answer."""
 
@@ -54,7 +54,8 @@ class Access:
 
     The id is the client's X-Request-Id if it is a sane one. Serve's proxy puts one there where
     there is none, and puts what stands there into the answer; so it is put there here only when it
-    was made here. The answer to an id that is not sane thus carries both.
+    was made here. What is not sane is taken away before the proxy (`ingress`); where that does not
+    stand before it, the answer carries both.
     """
 
     def __init__(self, app: ASGIApp, observers: Sequence[Observer]) -> None:
@@ -68,7 +69,7 @@ class Access:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if SANE_ID.fullmatch(given.encode("latin-1")) else uuid.uuid4().hex
         scope["state"] = {}  # Of this request alone, whatever the server has put there.
         status = 0
         began = time.perf_counter()

@@ -2,7 +2,8 @@
 
 Serve itself gives a request up when the replica that computes it dies. Classifying a text twice
 harms nobody, so here the request is sent again, and another replica answers it. What Serve says
-of full queues and of deadlines is put into the JSON in which the replicas refuse.
+of full queues and of deadlines is put into the JSON in which the replicas refuse. An X-Request-Id
+that is not sane is taken away, as if there were none: Serve answers 500 to one that is no UTF-8.
 
 Serve's proxies take this in by the environment variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH,
 which a session of `llkd_ray.cluster` sets. HAProxy, in their place, sends a request again itself
@@ -19,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llkd_ray.config import ServeSection
 from llkd_ray.errors import ClusterError
+from llkd_ray.serving.access import SANE_ID
 
 _HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 _ATTEMPTS = 3
@@ -83,6 +85,7 @@ class Ingress:
         if scope["type"] != "http" or scope["path"] not in _PATHS:
             await self._app(scope, receive, send)
             return
+        scope = {**scope, "headers": [pair for pair in scope["headers"] if _is_welcome(*pair)]}
         request = _Request(receive)
         answer = _Answer(send)
         for _ in range(_ATTEMPTS):
@@ -93,6 +96,10 @@ class Ingress:
             if not request.rewind():
                 break
         await _refuse(send, 503, "the replica that read the texts was lost; ask again")
+
+
+def _is_welcome(name: bytes, value: bytes) -> bool:
+    return name != b"x-request-id" or SANE_ID.fullmatch(value) is not None
 
 
 class _Request:
