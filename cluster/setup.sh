@@ -17,8 +17,8 @@ done
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "error: $("$python" --version) is too old; install Python 3.11 or set PYTHON=/path/to/python3.11" >&2
+"$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || {
+    echo "error: $("$python" --version) is not what the lock file is for; install Python 3.11 or set PYTHON=/path/to/python3.11" >&2
     exit 1
 }
 command -v g++ >/dev/null || {

@@ -100,7 +100,17 @@ def group_of(cluster: str, name: str) -> Object:
 
 def lock(name: str) -> dict[str, str]:
     lines = (CLUSTER / name).read_text().splitlines()
-    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pins = [line.split()[0] for line in lines if line and not line.startswith("#")]
+    return dict(pin.split("==") for pin in pins)
+
+
+@pytest.mark.parametrize("name", ["requirements-cpu.txt", "requirements-dev.txt"])
+def test_every_pin_of_the_lock_has_the_hash_of_its_file(name):
+    lines = (CLUSTER / name).read_text().splitlines()
+    pins = [line for line in lines if "==" in line and not line.startswith("#")]
+    assert len(pins) == len(lock(name)) > 30
+    for pin in pins:
+        assert re.fullmatch(r"\S+==\S+ --hash=sha256:[0-9a-f]{64}", pin), pin
 
 
 def test_kustomizations_name_every_manifest_and_make_what_they_mount():
