@@ -1,6 +1,7 @@
 """Write behind each pin of the lock files the SHA-256 of the file that pip takes for it.
 
-Run it after a version has changed, on x86-64 Linux with CPython 3.11: `python cluster/add_hashes.py`
+Run it after a version has changed, on x86-64 Linux and with CPython 3.11, for these are the files
+it looks for: `python cluster/add_hashes.py`.
 """
 
 import json
@@ -42,6 +43,7 @@ def _pins(requirements: Path) -> list[str]:
 
 
 def main() -> None:
+    """Write both lock files anew."""
     for path in map(Path(__file__).parent.joinpath, FILES):
         hashes = hashes_of(path)
         lines = [
