@@ -108,6 +108,7 @@ def _run_epoch(worker: Worker, progress: Progress, memory: RowMemory) -> Progres
     if not progress.cursor and not work.stepwise:
         if needs_student(work.selection, epoch):
             _ask_student(worker, epoch, memory)
+            all_reduce(np.zeros(1))  # Who is done first waits here: that is scoring's time.
         clock.append(time.perf_counter())
         progress = _choose(worker, progress, memory)
     clock.append(time.perf_counter())
