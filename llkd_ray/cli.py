@@ -1,4 +1,4 @@
-"""The one grammar of all jobs: EXPERIMENT.toml [section.key=value ...] [--dry-run]."""
+"""The one grammar of all jobs: EXPERIMENT.toml [section.key=value ...] [@FILE ...] [--dry-run]."""
 
 import argparse
 import io
@@ -59,19 +59,29 @@ def run_job(
     return answer(arguments, act)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes further arguments from a file, one a line."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """Return what a line of such a file says: nothing if it is blank or a comment."""
+        line = arg_line.strip()
+        return [line] if line and not line.startswith("#") else []
+
+
 def parser_of(summary: str) -> argparse.ArgumentParser:
     """Return the parser of what all jobs understand.
 
     Args:
         summary: What the job does, for `--help`.
     """
-    parser = argparse.ArgumentParser(description=summary)
+    parser = _Parser(description=summary, fromfile_prefix_chars="@")
     parser.add_argument("experiment", metavar="EXPERIMENT.toml")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.key=value",
-        help="replaces a key of the experiment, e.g. train.epochs=2",
+        help="replaces a key of the experiment, e.g. train.epochs=2; @FILE stands for the lines of "
+        "a file, each with one, # before a comment",
     )
     return parser
 

@@ -1,6 +1,7 @@
 """Every kind of student trains, resumes, is exported, loaded and served alike."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from llkd_ray.config import (
     as_tree,
     load_experiment,
 )
-from llkd_ray.errors import ConfigError, StudentError
+from llkd_ray.errors import ConfigError, LLKDError, StudentError
 from llkd_ray.serving.student import StudentClassifier, student_labels
 from llkd_ray.student.batches import tokenize
 from llkd_ray.student.evaluate import class_probabilities
@@ -37,8 +38,10 @@ from llkd_ray.student.model import (
     load_student,
     load_tokenizer,
     load_untrained,
+    locate,
 )
 from llkd_ray.student.static import distilled
+from llkd_ray.student.train import found_from_anywhere
 
 TEXTS = [*questions(40), "x", "What " + "is this " * 60, "漢字 👩‍👩‍👧"]
 _THIN = {
@@ -194,3 +197,20 @@ def test_the_kind_of_student_is_chosen_in_the_experiment():
         load_experiment(QUICKSTART, ["student.layrs=3"])
     with pytest.raises(ConfigError, match=r"student\.layers: unknown key"):
         load_experiment(QUICKSTART, ["student.kind=static", "student.layers=3"])
+
+
+def test_a_student_of_the_hub_is_found_by_every_worker_in_its_own_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--people--their-encoder" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "model.safetensors").write_bytes(b"")
+    student = EncoderStudent(model=f"people/their-encoder@{commit}")
+    assert found_from_anywhere(student, str(tmp_path), tmp_path) == student
+    assert locate(student.model) == snapshot
+    with pytest.raises(LLKDError, match=r"student\.model = .*not in its cache"):
+        locate(f"people/another@{commit}")

@@ -16,7 +16,8 @@ class EncoderStudent(Section):
 
     kind: Literal["encoder"] = "encoder"
     model: Text = "minilm-l6"
-    """An embedded encoder by name, or the folder of a Hugging Face encoder (safetensors)."""
+    """An embedded encoder by name, the folder of a Hugging Face encoder (safetensors), or one of
+    the hub with its revision, NAME/MODEL@REVISION."""
     max_length: PositiveInt = 128
     """Tokens of a text that the student reads; the rest is cut."""
     layers: PositiveInt | None = None

@@ -20,24 +20,31 @@ from llkd_ray import embedded
 from llkd_ray.config import EncoderStudent, StaticStudent, StudentSection
 from llkd_ray.errors import StudentError
 from llkd_ray.student.architectures import MeanPooledClassifier, MeanPooledConfig, StaticClassifier
+from llkd_ray.teacher.pretrained import from_hub, is_on_hub
 
 VECTORS = "embedding.weight"
 """Name of a static student's vectors in its file of weights."""
 
 
 def locate(model: str) -> Path:
-    """Return the folder of an embedded encoder, or of one the user names.
+    """Return the folder of an embedded encoder, of one of the hub, or of one the user names.
 
     Raises:
         StudentError: There is no such folder, or no safetensors weights in it.
+        TeacherError: The hub does not give it.
     """
-    item = embedded.STUDENTS.get(model)
-    folder = embedded.locate(item) if item else Path(model).expanduser().resolve()
+    if model in embedded.STUDENTS:
+        folder = embedded.locate(embedded.STUDENTS[model])
+    elif is_on_hub(model):
+        folder = from_hub("student.model", model)
+    else:
+        folder = Path(model).expanduser().resolve()
     if not (folder / "config.json").is_file():
         known = ", ".join(embedded.STUDENTS)
         raise StudentError(
             f"student.model = {model!r}: {folder} is no Hugging Face model folder (no config.json "
-            f"in it); name such a folder, or an embedded encoder ({known})"
+            f"in it); name such a folder, an embedded encoder ({known}), or a model of the hub "
+            "with its revision (NAME/MODEL@REVISION)"
         )
     if not any(folder.glob("*.safetensors")):
         raise StudentError(

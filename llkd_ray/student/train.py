@@ -26,6 +26,7 @@ from llkd_ray.student.static import distilled
 from llkd_ray.student.stopping import criterion
 from llkd_ray.student.temperature import find_temperature, set_temperature
 from llkd_ray.student.worker import Work
+from llkd_ray.teacher.pretrained import is_on_hub
 
 _log = logging.getLogger(__name__)
 MODEL = "model"
@@ -170,8 +171,8 @@ def found_from_anywhere(student: StudentSection, cache: str, shared: Path) -> St
     if isinstance(student, StaticStudent):
         vectors = distilled(student, cache)
         folder = shutil.copytree(vectors, shared / vectors.name, dirs_exist_ok=True)
-    elif student.model in embedded.STUDENTS:
-        return student
+    elif student.model in embedded.STUDENTS or is_on_hub(student.model):
+        return student  # Every machine has it, or brings it for itself.
     else:
         folder = Path(student.model).expanduser()
     # Ray Train's workers run in folders of their own.

@@ -14,7 +14,7 @@ from llkd_ray.errors import TeacherError
 _log = logging.getLogger(__name__)
 
 # A revision is part of the name, since answers of another one are another teacher's.
-_ON_HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
+_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+@[\w./-]+")
 # Other weight formats can run code when they are loaded.
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
@@ -51,11 +51,38 @@ def encoder_folder(model: str, setting: str) -> Path:
     return _named_folder(setting, model, embedded.STUDENTS)
 
 
+def is_on_hub(model: str) -> bool:
+    """Return whether a setting names a model of the hub, and no folder of this machine."""
+    return bool(_ON_HUB.fullmatch(model)) and not Path(model).expanduser().is_dir()
+
+
+def from_hub(setting: str, model: str) -> Path:
+    """Bring a model from the hub, or find it in the hub's own cache.
+
+    Args:
+        setting: That names it, for the error.
+        model: NAME/MODEL@REVISION.
+
+    Raises:
+        TeacherError: The hub does not give it.
+    """
+    from httpx import HTTPError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = model.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except (HTTPError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TeacherError(
+            f"{setting} = {model!r}: the hub did not give it, and it is not in its cache: "
+            f"{reason}; check name, revision and HF_TOKEN, or give a folder"
+        ) from None
+
+
 def _named_folder(setting: str, model: str, known: Iterable[str]) -> Path:
-    folder = Path(model).expanduser()
-    on_hub = _ON_HUB.fullmatch(model)
-    if on_hub and not folder.is_dir():
-        folder = _from_hub(setting, on_hub["name"], on_hub["revision"])
+    folder = from_hub(setting, model) if is_on_hub(model) else Path(model).expanduser()
     if not (folder / "config.json").is_file():
         raise TeacherError(
             f"{setting} = {model!r}: neither an embedded model ({', '.join(known)}), nor a folder "
@@ -67,22 +94,6 @@ def _named_folder(setting: str, model: str, known: Iterable[str]) -> Path:
             "when loaded and are refused"
         )
     return folder.resolve()
-
-
-def _from_hub(setting: str, name: str, revision: str) -> Path:
-    """Bring a model from the hub, or find it in the hub's own cache."""
-    from httpx import HTTPError
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
-    except (HTTPError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TeacherError(
-            f"{setting} = '{name}@{revision}': the hub did not give it, and it is not in its "
-            f"cache: {reason}; check name, revision and HF_TOKEN, or give a folder"
-        ) from None
 
 
 def _converted(model: str, cache: Path) -> Path:
