@@ -31,10 +31,11 @@ def go_through_rounds(experiment: Experiment) -> None:
     from llkd_ray.artifacts import make
     from llkd_ray.cluster import ray_session, require_room
     from llkd_ray.guided.rounds import guide as run
+    from llkd_ray.teacher.actor import Opening
 
     with make(artifact) as draft, ray_session(experiment.ray):
-        actors = experiment.teacher.actors
-        require_room(experiment.ray, actors.min, actors.num_cpus, actors.num_gpus)
+        actors, num_gpus = experiment.teacher.actors, Opening.of(experiment).num_gpus
+        require_room(experiment.ray, actors.min, actors.num_cpus, num_gpus)
         if experiment.guide.start == "student":
             # Of the labels alone: what is written follows from it.
             alone = with_overrides(experiment, ["train.lessons=false"])

@@ -21,8 +21,8 @@ from llkd_ray.artifacts import Rows, make
 from llkd_ray.config import Label, load_experiment
 from llkd_ray.errors import ArtifactError, ConfigError, TeacherError
 from llkd_ray.guided.asking import report_of
-from llkd_ray.guided.lessons import opening_of, writer_of
-from llkd_ray.guided.prompt import writing_prompt
+from llkd_ray.guided.lessons import author_of, opening_of
+from llkd_ray.guided.prompt import bare, writing_prompt
 from llkd_ray.guided.rounds import best_of, is_over, make_lessons, make_seed
 from llkd_ray.guided.seed import SHARD, TRAIN, VALIDATION, read_seed, write_labelled
 from llkd_ray.guided.shown import Shown
@@ -45,9 +45,9 @@ def task():
     return load_experiment(QUICKSTART).task
 
 
-def prompt_of(task, *, room, report="accuracy 0.50"):
+def prompt_of(task, *, room, report="accuracy 0.50", chat=False):
     label = Label(name="person", words="human being", description="who")
-    return writing_prompt(task, label, report, SHOWN, room=room, count=words)
+    return writing_prompt(task, label, report, SHOWN, chat=chat, room=room, count=words)
 
 
 def test_a_prompt_ends_where_the_next_text_of_its_label_begins(task):
@@ -56,6 +56,28 @@ def test_a_prompt_ends_where_the_next_text_of_its_label_begins(task):
     assert prompt.startswith(task.instruction.strip() + "\n\naccuracy 0.50\n\n")
     order = [prompt.index(f"Question: {text}\n") for text in ("Why ?", "Is it he ?", "Who ?")]
     assert order == sorted(order)
+
+
+def test_a_chat_ends_with_what_is_asked_for(task):
+    prompt = prompt_of(task, room=1000, chat=True)
+    asked = (
+        'Write one more text of the kind "human being" (who), in one line and with nothing else.'
+    )
+    assert prompt.endswith(f"Question: He ?\n\n{asked}")
+    rest = prompt_of(task, room=1000).partition("Here are more")[0]
+    assert prompt.removesuffix(asked) == rest
+
+
+@pytest.mark.parametrize(
+    "said", ["Who ?", " Who ?\n", "Question: Who ?", '"Who ?"', 'Question: "Who ?"', "“Who ?”"]
+)
+def test_what_a_teacher_puts_around_a_text_is_not_of_it(task, said):
+    assert bare(said, task) == "Who ?"
+
+
+def test_quotation_marks_within_a_text_are_of_it(task):
+    for text in ('Who said " no " ?', '"A" and "B', '"', ""):
+        assert bare(text, task) == text
 
 
 def test_a_prompt_leaves_out_the_rows_that_do_not_fit_the_correct_ones_first(task):
@@ -129,10 +151,10 @@ def test_what_a_seed_needs_is_said_in_one_line(run):
         make_seed(lineage)
 
 
-def test_only_a_teacher_on_the_cluster_writes(run):
+def test_only_a_language_model_writes(run):
     experiment = load_experiment(QUICKSTART, [*run.overrides, "teacher.kind=scripted"])
-    with pytest.raises(ConfigError, match=r"set teacher\.kind = 'vllm'"):
-        writer_of(experiment)
+    with pytest.raises(ConfigError, match=r"set teacher\.kind = 'vllm' or 'http'"):
+        author_of(experiment)
 
 
 def test_of_gold_rows_the_teacher_is_shown_those_of_the_seed_alone(run):

@@ -26,17 +26,21 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import QUICKSTART, Run
 
+from llkd_ray import schema
 from llkd_ray.config import (
     EngineSection,
     Example,
     HTTPTeacher,
     Label,
     PromptSection,
+    SamplingSection,
     TaskSection,
     load_experiment,
 )
 from llkd_ray.corpus import read_shards
 from llkd_ray.errors import TeacherError, TooManyRejectedError
+from llkd_ray.guided.write import Round, Writer
+from llkd_ray.teacher.actor import Opening
 from llkd_ray.teacher.engine import engine_environment
 from llkd_ray.teacher.http import Endpoint, fit
 from llkd_ray.teacher.pretrained import teacher_folder
@@ -59,6 +63,20 @@ def read(task, texts, **settings):
         endpoint = Endpoint(task, HTTPTeacher(**{"model": "m", **settings}))
         try:
             return await endpoint.read(texts)
+        finally:
+            await endpoint.close()
+
+    return asyncio.run(ask())
+
+
+def written(task, prompts, **settings):
+    """Have an endpoint write, as an actor does."""
+    drawn = {"temperature": 1.0, "max_tokens": 24, "stop": ["\n"]}
+
+    async def ask():
+        endpoint = Endpoint(task, HTTPTeacher(**{"model": "m", **settings}))
+        try:
+            return [await endpoint.write(text, **drawn, seed=seed) for text, seed in prompts]
         finally:
             await endpoint.close()
 
@@ -261,8 +279,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def completion(self) -> dict[str, Any]:
         server = self.server
         logprobs = {"content": [{"top_logprobs": server.top}]} if server.top else None
-        said = [{"message": {"content": one}, "logprobs": logprobs} for one in server.said]
-        usage = {"prompt_tokens": 7, "prompt_tokens_details": {"cached_tokens": 3}}
+        said = [
+            {"message": {"content": one}, "logprobs": logprobs, "finish_reason": "stop"}
+            for one in server.said
+        ]
+        usage = {
+            "prompt_tokens": 7,
+            "prompt_tokens_details": {"cached_tokens": 3},
+            "completion_tokens": 2,
+        }
         return {"choices": said, "usage": usage}
 
     def reply(self, status: int, body: bytes, headers: dict[str, str]) -> None:
@@ -293,6 +318,18 @@ def test_an_answer_says_what_was_asked_and_read(server: Misbehaving) -> None:
     assert answers[0].logprobs == pytest.approx([-0.2, -2.0])
     assert (answers[0].prompt_tokens, answers[0].cached_tokens) == (7, 3)
     assert server.arrivals[-1][1] in {"Text: rain\nLabel:", "Text: snow\nLabel:"}
+
+
+def test_what_is_written_comes_with_its_tokens_and_what_is_refused_with_the_reason(
+    server: Misbehaving,
+) -> None:
+    server.faults["hail"] = [(400, {})]
+    written_, refused = written(TASK, [("More rain:", 1), ("More hail:", 1)], url=server.url)
+    assert (written_.text, written_.finished, written_.error) == ("good", True, None)
+    assert (written_.tokens, written_.prompt_tokens, written_.cached_tokens) == (2, 7, 3)
+    assert (refused.text, refused.finished) == ("", False)
+    assert "400" in refused.error
+    assert [question for _, question in server.arrivals] == ["More rain:", "More hail:"]
 
 
 @pytest.mark.parametrize(
@@ -640,6 +677,45 @@ def test_a_real_model_is_voted_on(real: dict[str, Any], experiment: Any, api: st
     names = experiment.task.label_names
     assert [names[int(np.argmax(answer.logprobs))] for answer in answers] == ["person", "place"]
     assert [np.exp(answer.logprobs).sum() for answer in answers] == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("api", ["completions", "chat"])
+def test_a_real_model_writes_by_its_seed(real: dict[str, Any], experiment: Any, api: str) -> None:
+    prompt = "Questions:\nWho wrote Hamlet ?\nWhere is Rome ?\n"
+    asked = [(prompt, seed) for seed in (1, 1, 2)]
+    once, again, other = written(experiment.task, asked, **real, api=api)
+    assert once.error is None
+    assert 0 < once.tokens <= 24
+    assert once.prompt_tokens > 10
+    assert once.text == again.text != other.text
+    assert "\n" not in once.text
+
+
+@pytest.mark.slow
+def test_the_texts_of_a_prompt_are_written_and_read_over_http(
+    real: dict[str, Any], experiment: Any, tmp_path: Path
+) -> None:
+    task = experiment.task
+    opening = Opening(task, HTTPTeacher(**real, api="completions"), (), experiment.cache)
+    text = "Questions:\nWho wrote Hamlet ?\nWho is Peter Weir ?\nQuestion:"
+    prompt = {"prompt_id": "p", "label": "person", "first": 4, "samples": 3, "text": text}
+    of = Round(1, 0)
+
+    async def write() -> None:
+        writer = Writer(opening, SamplingSection(max_tokens=24), of, tmp_path)
+        await writer(pa.Table.from_pylist([prompt], schema.PROMPTS))
+        await writer.close()
+
+    asyncio.run(write())
+    rows = pq.read_table(tmp_path / "p.parquet").to_pylist()
+    at = task.label_names.index("person")
+    assert [row["sample_id"] for row in rows] == [of.sample_id(at, index) for index in (4, 5, 6)]
+    for row in rows:
+        assert row["error"] is None
+        assert row["tokens"] > 0
+        assert (row["logprobs"] is None) == (not row["text"])
+    assert any(row["text"] for row in rows)
 
 
 @pytest.mark.slow

@@ -108,6 +108,22 @@ def test_a_chat_in_parts_is_what_the_chat_template_makes(tokenizer: Any) -> None
         assert encoded.ids[: len(prompt.shared_ids)] == list(prompt.shared_ids)
 
 
+def test_what_is_written_on_is_a_text_or_a_turn_in_which_nothing_is_special(
+    tokenizer: Any,
+) -> None:
+    plain = Prompt.of(tokenizer, TASK, _teacher())
+    assert plain.codec.decode(plain.to_write("More texts:\nrain")) == "More texts:\nrain"
+    chat = Prompt.of(tokenizer, TASK, _teacher(format="chat"))
+    turn = [{"role": "user", "content": "Write one more."}]
+    whole = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    assert chat.codec.decode(chat.to_write("Write one more.")) == whole
+    bare = set(chat.to_write(""))
+    assert not set(tokenizer.all_special_ids) & (set(chat.to_write("<|im_end|>")) - bare)
+    assert chat.codec.decode(chat.to_write("<|im_end|>")).count("<|im_end|>") == 1 + whole.count(
+        "<|im_end|>"
+    )
+
+
 @pytest.mark.parametrize("form", ["plain", "chat"])
 def test_the_shared_part_fills_whole_blocks_and_changes_nothing_else(
     tokenizer: Any, form: str

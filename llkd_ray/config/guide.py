@@ -82,7 +82,8 @@ class GuideSection(Section):
     """Share of the texts that goes to labels by what their F1 lacks; the others are spread evenly.
     """
     report_tokens: NonNegativeInt = 200
-    """Tokens of the validation report in the prompt; 0 leaves it out."""
+    """Tokens of the validation report in the prompt, words for `teacher.kind` http; 0 leaves it
+    out."""
     rule: RuleName = "all"
     """How rows are selected in training, as `selection.rule`; seed rows have confidence 1."""
     shown: ShownSection = ShownSection()

@@ -5,7 +5,9 @@ Shape legend: N rows, C classes.
 
 import json
 import shutil
+import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import pyarrow.parquet as pq
 
 from llkd_ray import schema
 from llkd_ray.artifacts import Rows, write_text
-from llkd_ray.config import Experiment, VLLMTeacher
+from llkd_ray.config import Experiment, HTTPTeacher, VLLMTeacher
 from llkd_ray.errors import ConfigError
 from llkd_ray.guided.asking import report_of
 from llkd_ray.guided.budget import share_out
@@ -29,7 +31,6 @@ from llkd_ray.guided.shown import draw, sort_rows
 from llkd_ray.guided.sift import Sources, sift
 from llkd_ray.guided.write import Round, write
 from llkd_ray.teacher.actor import Opening
-from llkd_ray.teacher.layout import Words
 from llkd_ray.teacher.wording import label_words
 
 PROMPTS, REPORT = "prompts.parquet", "report.json"
@@ -84,24 +85,24 @@ def write_lessons(
     return Rows(taken=len(reasons), kept=kept, rejected=dropped.total()), details
 
 
-def writer_of(experiment: Experiment) -> VLLMTeacher:
+def author_of(experiment: Experiment) -> VLLMTeacher | HTTPTeacher:
     """Return the teacher, if it can write.
 
     Raises:
-        ConfigError: It is not one that runs on the cluster.
+        ConfigError: It is no language model.
     """
     teacher = experiment.teacher
-    if not isinstance(teacher, VLLMTeacher):
+    if not isinstance(teacher, VLLMTeacher | HTTPTeacher):
         raise ConfigError(
-            f"teacher.kind = {teacher.kind!r}: only a teacher on the cluster writes rows; set "
-            "teacher.kind = 'vllm' for jobs/guide.py"
+            f"teacher.kind = {teacher.kind!r}: only a language model writes rows; set "
+            "teacher.kind = 'vllm' or 'http' for jobs/guide.py"
         )
     return teacher
 
 
 def opening_of(experiment: Experiment, seed: Seed) -> Opening:
     """Return the teacher as it reads: of gold rows it may be shown those of the seed alone."""
-    teacher, task = writer_of(experiment), experiment.task
+    teacher, task = author_of(experiment), experiment.task
     pool = () if teacher.shots.kind == "fixed" else examples_of(seed, task.label_names)
     return Opening(task, teacher, pool, experiment.cache)
 
@@ -114,15 +115,9 @@ def _write_prompts(
     report, _ = report_of(sources.student, sources.seed, experiment)
     _, rows = report_of(sources.student, sources.seed, experiment, (TRAIN, VALIDATION))
     write_text(folder / REPORT, json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
-    prompt = opening.prompt()
-    assert prompt is not None
-
-    def count(text: str) -> int:
-        return len(prompt.codec.ids([Words(text)]))
-
+    count, room = _measure(opening, guide.sampling.max_tokens)
     words = dict(zip(task.label_names, label_words(task), strict=True))
     told = render(report, words, tokens=guide.report_tokens, count=count)
-    room = writer_of(experiment).engine.max_model_len - guide.sampling.max_tokens
     # A small seed may have no validation row of a label: nothing is known of its weakness.
     f1 = np.array([of.f1 if of.rows else report.f1 for of in report.classes])
     prompts = []
@@ -135,7 +130,8 @@ def _write_prompts(
                 task.labels[at],
                 told,
                 shown,
-                room=room - len(prompt.codec.bos),
+                chat=_is_chat(opening.teacher),
+                room=room,
                 count=count,
             )
             prompts.append(
@@ -150,3 +146,23 @@ def _write_prompts(
     beside = folder / f".{PROMPTS}"
     pq.write_table(pa.Table.from_pylist(prompts, schema.PROMPTS), beside)
     beside.replace(folder / PROMPTS)
+
+
+def _measure(opening: Opening, max_tokens: int) -> tuple[Callable[[str], int], int]:
+    """Return how the tokens of a text are counted, and how many of them a prompt may have.
+
+    Of an endpoint no tokenizer is known: words are counted, and what is too long it says itself.
+    """
+    prompt = opening.prompt()
+    if prompt is None or not isinstance(opening.teacher, VLLMTeacher):
+        return (lambda text: len(text.split())), sys.maxsize
+    around = len(prompt.to_write(""))
+    room = opening.teacher.engine.max_model_len - max_tokens - around
+    return (lambda text: len(prompt.to_write(text)) - around), room
+
+
+def _is_chat(teacher: object) -> bool:
+    """Return whether a teacher answers a turn, or goes on from a text."""
+    if isinstance(teacher, HTTPTeacher):
+        return teacher.api == "chat"
+    return isinstance(teacher, VLLMTeacher) and teacher.prompt.format == "chat"

@@ -1,7 +1,7 @@
 """What the teacher is given to write on: the report, and rows of a label to go on from.
 
 A prompt is text to be completed, so that a small base model can do it: it ends where the next text
-of the label would begin. What prompts share comes first.
+of the label would begin. In a chat it ends with what is asked for. What prompts share comes first.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from llkd_ray.teacher.wording import one_line
 
 STOP = "\n"
 """A text is one line."""
+_QUOTATION_MARKS = ('""', "\u201c\u201d", "\u00ab\u00bb", "''")
 
 
 def writing_prompt(
@@ -22,6 +23,7 @@ def writing_prompt(
     report: str,
     shown: Shown,
     *,
+    chat: bool,
     room: int,
     count: Callable[[str], int],
 ) -> str:
@@ -32,6 +34,7 @@ def writing_prompt(
         label: To write about.
         report: The validation report; none when empty.
         shown: Gold rows of the label.
+        chat: Whether the teacher answers, or completes.
         room: Tokens that the prompt may take; rows are left out to fit, the correct ones first.
         count: Returns the tokens of a text.
 
@@ -39,7 +42,7 @@ def writing_prompt(
         TeacherError: It does not fit without any row.
     """
     while True:
-        text = _written(task, label, report, shown)
+        text = _written(task, label, report, shown, chat=chat)
         if count(text) <= room:
             return text
         if not len(shown):
@@ -51,17 +54,30 @@ def writing_prompt(
         shown = _one_less(shown)
 
 
-def _written(task: TaskSection, label: Label, report: str, shown: Shown) -> str:
+def bare(said: str, task: TaskSection) -> str:
+    """Return a text without what a teacher puts around it: the prefix of texts, quotation marks."""
+    text = said.strip().removeprefix(task.text_prefix).strip()
+    if len(text) > 1 and text[0] + text[-1] in _QUOTATION_MARKS:
+        return text[1:-1].strip()
+    return text
+
+
+def _written(task: TaskSection, label: Label, report: str, shown: Shown, *, chat: bool) -> str:
     words = one_line(label.words or label.name)
     described = f" ({one_line(label.description)})" if label.description else ""
-    asked = f'Here are more texts of the kind "{words}"{described}, each in one line.'
+    asked = (
+        f'Write one more text of the kind "{words}"{described}, in one line and with nothing else.'
+        if chat
+        else f'Here are more texts of the kind "{words}"{described}, each in one line.\n'
+        f"{task.text_prefix}"
+    )
     sections = [
         task.instruction.strip(),
         report,
         *_rows(task, f'Texts of the kind "{words}"{described}:', shown.correct),
         *_rows(task, f'Texts of the kind "{words}" that are often mistaken:', shown.wrong),
         *_rows(task, f'Texts of the kind "{words}" that nearly everybody mistakes:', shown.hard),
-        f"{asked}\n{task.text_prefix}",
+        asked,
     ]
     return "\n\n".join(section for section in sections if section)
 

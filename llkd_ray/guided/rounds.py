@@ -20,7 +20,7 @@ import numpy as np
 from llkd_ray.artifacts import Artifact, Rows, make, write_text
 from llkd_ray.config import rule_named
 from llkd_ray.guided.asking import report_of
-from llkd_ray.guided.lessons import write_lessons, writer_of
+from llkd_ray.guided.lessons import author_of, write_lessons
 from llkd_ray.guided.mixture import lay_out
 from llkd_ray.guided.seed import TRAIN, write_seed
 from llkd_ray.guided.sift import Sources
@@ -51,7 +51,7 @@ def guide(lineage: Lineage, out: Path) -> tuple[Rows, dict[str, Any]]:
         ConfigError: The teacher cannot write, or there are too few rows with gold.
         ArtifactError: Round 0 is a student that is not trained yet.
     """
-    writer_of(lineage.experiment)
+    author_of(lineage.experiment)
     section = lineage.experiment.guide
     make_seed(lineage)
     rounds = [make_round(lineage, 0)]

@@ -1,4 +1,4 @@
-"""Have the teacher write: Ray Data hands prompts to actors, each with an engine.
+"""Have the teacher write: Ray Data hands prompts to actors, each with an engine or connections.
 
 All samples of a prompt are written down together before anything else is told, so a killed round
 asks again about the prompts under way and no others. A sample's seed follows from experiment,
@@ -20,10 +20,11 @@ from ray.data import ActorPoolStrategy
 from llkd_ray import schema
 from llkd_ray.config import SamplingSection
 from llkd_ray.errors import TeacherError
-from llkd_ray.guided.prompt import STOP
+from llkd_ray.guided.prompt import STOP, bare
 from llkd_ray.teacher.actor import Opening
-from llkd_ray.teacher.answers import Answer
-from llkd_ray.teacher.engine import Continuation, Engine
+from llkd_ray.teacher.answers import Answer, Continuation
+from llkd_ray.teacher.engine import Engine
+from llkd_ray.teacher.http import Endpoint
 from llkd_ray.teacher.readouts import actor_resources
 
 
@@ -55,7 +56,7 @@ def write(
     Args:
         prompts: schema.PROMPTS.
         folder: For a file of schema.written for each prompt, by its id.
-        opening: The teacher, which runs on the cluster.
+        opening: The teacher.
         sampling: How texts are drawn.
         of: The round.
 
@@ -107,14 +108,14 @@ def _ask(
 
 
 class Writer:
-    """A Ray Data actor with an engine that writes texts, and then reads their labels."""
+    """A Ray Data actor with a teacher that writes texts, and then reads their labels."""
 
     def __init__(
         self, opening: Opening, sampling: SamplingSection, of: Round, folder: Path
     ) -> None:
-        engine = opening.start()
-        assert isinstance(engine, Engine), "only a teacher on the cluster writes"
-        self._engine = engine
+        author = opening.start()
+        assert isinstance(author, (Engine, Endpoint)), "no script writes"
+        self._author = author
         self._task = opening.task
         self._sampling = sampling.model_dump()
         self._round = of
@@ -131,31 +132,41 @@ class Writer:
         # The first sample leaves the prompt in the cache for the others.
         samples = [await self._write(prompt["text"], ids[0])]
         samples += await asyncio.gather(*(self._write(prompt["text"], id_) for id_ in ids[1:]))
-        readable = [at for at, sample in enumerate(samples) if sample.text.strip()]
+        texts = [bare(sample.text, self._task) for sample in samples]
+        readable = [at for at, text in enumerate(texts) if text]
         answers: dict[int, Answer] = {}
         if readable:
-            read = await self._engine.read([samples[at].text for at in readable])
+            read = await self._author.read([texts[at] for at in readable])
             answers = dict(zip(readable, read, strict=True))
         rows = [
-            self._row(prompt, id_, sample, answers.get(at))
+            self._row(prompt, id_, texts[at], sample, answers.get(at))
             for at, (id_, sample) in enumerate(zip(ids, samples, strict=True))
         ]
         await asyncio.to_thread(self._keep, prompt["prompt_id"], rows)
         return batch.select(["prompt_id"])
 
+    async def close(self) -> None:
+        """Let go of processes and connections."""
+        await self._author.close()
+
     async def _write(self, prompt: str, sample_id: str) -> Continuation:
         seed = self._round.seed_of(sample_id)
-        return await self._engine.write(prompt, **self._sampling, seed=seed, stop=[STOP])
+        return await self._author.write(prompt, **self._sampling, seed=seed, stop=[STOP])
 
     def _row(
-        self, prompt: dict[str, Any], sample_id: str, sample: Continuation, answer: Answer | None
+        self,
+        prompt: dict[str, Any],
+        sample_id: str,
+        text: str,
+        sample: Continuation,
+        answer: Answer | None,
     ) -> dict[str, Any]:
         return {
             "sample_id": sample_id,
             "prompt_id": prompt["prompt_id"],
             "label": prompt["label"],
             "seed": self._round.seed_of(sample_id),
-            "text": sample.text.strip(),
+            "text": text,
             "finished": sample.finished,
             "tokens": sample.tokens,
             "prompt_tokens": sample.prompt_tokens,

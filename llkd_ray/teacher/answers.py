@@ -1,11 +1,11 @@
-"""What a teacher answers about a text, whichever kind of teacher it is.
+"""What a teacher answers about a text, or writes, whichever kind of teacher it is.
 
 Shape legend: N texts, C classes.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from llkd_ray.errors import TeacherError
 
@@ -27,6 +27,21 @@ class Answer:
     """Why there is no answer."""
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """What a teacher wrote after a prompt."""
+
+    text: str
+    finished: bool
+    """Whether it came to a stop string or an end of its own."""
+    tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    """Of the prompt's, from the cache."""
+    error: str | None = None
+    """Why there is no text."""
+
+
 class TeacherDiedError(TeacherError):
     """The teacher's process is gone: another one may well answer the same texts."""
 
@@ -46,6 +61,25 @@ class Teacher(Protocol):
 
     async def close(self) -> None:
         """Let go of processes and connections."""
+
+
+class Author(Teacher, Protocol):
+    """A teacher that also writes."""
+
+    async def write(self, prompt: str, **sampling: Any) -> Continuation:
+        """Go on from a prompt, or answer it where the teacher's format is a chat.
+
+        What concerns this prompt alone is the continuation's error.
+
+        Args:
+            prompt: Text, in which nothing is special.
+            sampling: temperature, top_p, max_tokens, seed and stop, as OpenAI's API and vLLM's
+                SamplingParams have them.
+
+        Raises:
+            TeacherDiedError: The teacher's process has died.
+            TeacherError: It cannot write at all: a wrong address, key or model.
+        """
 
 
 # Texts without content, by which a teacher shows which label it prefers whatever the text says.

@@ -6,30 +6,13 @@ The same code runs on a GPU: there `cpu_kvcache_gib` and `threads` mean nothing 
 import asyncio
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llkd_ray.cluster import end_children_with_actor
 from llkd_ray.config import EngineSection, Example, TaskSection, VLLMTeacher
-from llkd_ray.teacher.answers import Answer, TeacherDiedError
-from llkd_ray.teacher.layout import Words
+from llkd_ray.teacher.answers import Answer, Continuation, TeacherDiedError
 from llkd_ray.teacher.prompt import Encoded, Prompt
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """What a teacher wrote after a prompt."""
-
-    text: str
-    finished: bool
-    """Whether it came to a stop string or an end of its own."""
-    tokens: int
-    prompt_tokens: int
-    cached_tokens: int
-    """Of the prompt's, from the cache."""
-    error: str | None = None
-    """Why there is no text."""
 
 
 class Engine:
@@ -96,21 +79,12 @@ class Engine:
         return list(await asyncio.gather(*map(self._read_one, encoded)))
 
     async def write(self, prompt: str, **sampling: Any) -> Continuation:
-        """Continue a prompt, in which nothing is special.
-
-        Args:
-            prompt: Text; what the tokenizer itself puts first is added.
-            sampling: vLLM's SamplingParams.
-
-        Raises:
-            TeacherDiedError: The engine's process has died.
-        """
+        """Go on from a prompt, or answer it; see `Author.write`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        codec = self._prompt.codec
-        ids = [*codec.bos, *codec.ids([Words(prompt)])]
+        ids = self._prompt.to_write(prompt)
         parameters = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
         try:
             output = await self._generate(ids, [], parameters)

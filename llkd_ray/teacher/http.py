@@ -16,7 +16,7 @@ from typing import Any
 
 from llkd_ray.config import Example, HTTPTeacher, PromptSection, TaskSection
 from llkd_ray.errors import TeacherError
-from llkd_ray.teacher.answers import CONTENT_FREE, Answer
+from llkd_ray.teacher.answers import CONTENT_FREE, Answer, Continuation
 from llkd_ray.teacher.client import Client, TextError
 from llkd_ray.teacher.reply import Reply
 from llkd_ray.teacher.shots import choose_shots
@@ -82,6 +82,25 @@ class Endpoint:
         except TextError as error:
             return [Answer(None, 0, 0, 0, str(error))] * len(texts)
         return await self._each(reading, texts)
+
+    async def write(self, prompt: str, **sampling: Any) -> Continuation:
+        """Go on from a prompt, or answer it; see `Author.write`."""
+        body: dict[str, Any] = {"model": self._teacher.model, **sampling}
+        if self._teacher.api == "chat":
+            path, body["messages"] = "/chat/completions", [{"role": "user", "content": prompt}]
+        else:
+            path, body["prompt"] = "/completions", prompt
+        try:
+            reply = await self._client.ask(path, body)
+        except TextError as error:
+            return Continuation("", False, 0, 0, 0, str(error))
+        return Continuation(
+            text=reply.said[0],
+            finished=reply.finished,
+            tokens=reply.tokens,
+            prompt_tokens=reply.prompt_tokens,
+            cached_tokens=reply.cached_tokens,
+        )
 
     async def close(self) -> None:
         """Close the connections."""

@@ -148,6 +148,16 @@ class Layout:
         return (question, *self.shown_reply, Words(self.gap + answer), *self.between)
 
 
+def only_turn(tokenizer: Any) -> tuple[Marks, Marks]:
+    """Return what stands before and after the words of a chat of one turn, up to its answer.
+
+    Raises:
+        TeacherError: The tokenizer has no chat template, or one that cannot be used.
+    """
+    marks = _chat_marks(tokenizer, with_system=False)
+    return marks.first, marks.reply
+
+
 @dataclass(frozen=True)
 class _ChatMarks:
     """What a chat template puts in."""

@@ -11,7 +11,7 @@ from tokenizers import Encoding
 
 from llkd_ray.config import Example, PromptSection, TaskSection, VLLMTeacher
 from llkd_ray.errors import TeacherError
-from llkd_ray.teacher.layout import Codec, Layout, Marks, Piece, Words
+from llkd_ray.teacher.layout import Codec, Layout, Marks, Piece, Words, only_turn
 from llkd_ray.teacher.shots import Shots, choose_shots
 from llkd_ray.teacher.verbalizer import Readout, choose_readout
 from llkd_ray.teacher.wording import Wording, one_line
@@ -64,6 +64,8 @@ class Prompt:
     lead: str | None
     """Where a tokenizer does not begin a token at the space before a text, the words in front of
     it, which are then tokenized together with each text."""
+    turn: tuple[Marks, Marks] | None
+    """What stands around a turn by itself, of a chat."""
 
     @classmethod
     def of(
@@ -117,6 +119,7 @@ class Prompt:
             - 1
             - max(len(branch.path) for branch in readout.branches),
             lead=lead,
+            turn=only_turn(tokenizer) if teacher.prompt.format == "chat" else None,
         )
         prompt._check_room()
         return prompt
@@ -130,6 +133,13 @@ class Prompt:
             [self._row(lead, seen) for (_, lead), seen in zip(befores, looked_at, strict=True)]
         )
         return [self._fit(*of_row) for of_row in zip(lines, looked_at, befores, rows, strict=True)]
+
+    def to_write(self, text: str) -> list[int]:
+        """Return the ids of what the teacher goes on from: a text or, of a chat, a turn."""
+        if self.turn is None:
+            return [*self.codec.bos, *self.codec.ids([Words(text)])]
+        first, reply = self.turn
+        return self.codec.ids([first, Words(text), reply])
 
     def render(self, text: str) -> str:
         """Return what the teacher reads for a text, for people."""

@@ -41,6 +41,7 @@ class _Choice(BaseModel):
     text: str | None = None
     """Of a completion."""
     logprobs: _Logprobs | None = None
+    finish_reason: str | None = None
 
 
 class _Details(BaseModel):
@@ -49,6 +50,7 @@ class _Details(BaseModel):
 
 class _Usage(BaseModel):
     prompt_tokens: Count = 0
+    completion_tokens: Count = 0
     prompt_tokens_details: _Details | None = None
 
 
@@ -67,6 +69,11 @@ class Reply(BaseModel):
         ]
 
     @property
+    def finished(self) -> bool:
+        """Whether the first choice came to its end."""
+        return self.choices[0].finish_reason == "stop"
+
+    @property
     def top(self) -> list[tuple[str, float]]:
         """Text and log-probability of the K likeliest first tokens; none if they were not given."""
         logprobs = self.choices[0].logprobs
@@ -81,6 +88,11 @@ class Reply(BaseModel):
     def prompt_tokens(self) -> int:
         """Tokens put before the model; 0 where the endpoint does not count."""
         return self.usage.prompt_tokens if self.usage else 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model wrote; 0 where the endpoint does not count."""
+        return self.usage.completion_tokens if self.usage else 0
 
     @property
     def cached_tokens(self) -> int:
