@@ -204,10 +204,12 @@ class Lineage:
         if number == 0 and self.experiment.guide.start == "student":
             # Of the labels alone, or the rows written would follow from themselves.
             return self._student(self.experiment.selection.rule, self.labels)
+        guide = self.experiment.guide
+        goes_on = {"weights": guide.weights} if number and guide.weights != "fresh" else {}
         return self._artifact(
             "round",
             "guide",
-            {"number": number, **self._training(self.experiment.guide.rule)},
+            {"number": number, **self._training(guide.rule), **goes_on},
             self.seed,
             # Those of the rounds before follow from these.
             *([self.lessons(number)] if number else []),

@@ -208,6 +208,14 @@ def test_rounds_that_start_from_a_student_do_not_follow_from_what_was_written_af
     assert more.comparison.path != plain.comparison.path
 
 
+def test_a_round_that_goes_on_from_the_last_student_is_another_round(run):
+    fresh, last = run.lineage, Run((*run.overrides, "guide.weights=last")).lineage
+    assert last.round(0).path == fresh.round(0).path
+    assert last.lessons(1).path == fresh.lessons(1).path
+    assert last.round(1).path != fresh.round(1).path
+    assert last.lessons(2).path != fresh.lessons(2).path
+
+
 def with_untrained_student(lineage: Lineage) -> None:
     """Make seed and round 0, whose student has learned nothing: no training, and much to say."""
     make_seed(lineage)

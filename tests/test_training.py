@@ -1,7 +1,10 @@
 """The training loop in real processes: any number of workers, any kill, the same result."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from training_workers import changed, kept_rows, run_workers, signals_of, without_seconds
 
 from llkd_ray.config import (
@@ -17,6 +20,8 @@ from llkd_ray.config import (
     TopFractionRule,
     TrainSection,
 )
+from llkd_ray.student.checkpoint import STUDENT
+from llkd_ray.student.model import load_student
 from llkd_ray.student.step import learning_rate
 
 
@@ -109,6 +114,27 @@ def test_another_number_of_workers_can_go_on(tmp_path, work):
     assert [row["loss"] for row in resumed.epochs] == pytest.approx(
         [row["loss"] for row in unbroken.epochs], rel=1e-3
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["own", "mean"])
+def test_a_student_goes_on_from_a_trained_one(tmp_path, work, head):
+    """At a rate of nothing it stays what it was, head and all; a fresh one is another."""
+    student = work.student.model_copy(update={"head": head})
+    taught = changed(replace(work, student=student), rule=AllRule(), epochs=1)
+    run_workers(tmp_path / "first", taught, 1)
+    start = tmp_path / "first/epoch-0001" / STUDENT
+    still = changed(taught, epochs=1, learning_rate=1e-12, weight_decay=0.0)
+    weights = {"first": load_student(start)[0].state_dict()}
+    for name, further in (("last", replace(still, start=start)), ("fresh", still)):
+        run_workers(tmp_path / name, further, 1)
+        model, _ = load_student(tmp_path / name / "epoch-0001" / STUDENT)
+        weights[name] = model.state_dict()
+    heads = [key for key in weights["first"] if key.startswith(("classifier", "head"))]
+    assert heads
+    for key, value in weights["first"].items():
+        assert torch.allclose(weights["last"][key], value, atol=1e-6), key
+    assert not all(torch.allclose(weights["fresh"][key], weights["first"][key]) for key in heads)
 
 
 @pytest.mark.slow

@@ -84,6 +84,9 @@ class GuideSection(Section):
     report_tokens: NonNegativeInt = 200
     """Tokens of the validation report in the prompt, words for `teacher.kind` http; 0 leaves it
     out."""
+    weights: Literal["fresh", "last"] = "fresh"
+    """What a round's training starts from. fresh: the encoder, so that a student does not depend on
+    the order of what it saw. last: the student of the round before, as in the paper."""
     rule: RuleName = "all"
     """How rows are selected in training, as `selection.rule`; seed rows have confidence 1."""
     shown: ShownSection = ShownSection()

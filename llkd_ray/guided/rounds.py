@@ -2,9 +2,9 @@
 
 Round 0 trains a student on the seed alone, or is the student that was trained on the teacher's
 labels, which all further rounds then train on, too. Each further round has the teacher write rows
-for what the last student gets wrong, and trains a fresh student on the seed and all rows kept so
-far. (The paper trains the same student on; a fresh one does not depend on the order of what it
-saw.) The student with the lowest validation loss is the result.
+for what the last student gets wrong, and trains a student on the seed and all rows kept so far:
+a fresh one or, with `guide.weights` = "last" and in the paper, the last one. The student with the
+lowest validation loss is the result.
 """
 
 import json
@@ -138,6 +138,7 @@ def make_round(lineage: Lineage, number: int) -> dict[str, Any]:
                 seed=experiment.seed,
                 cache=experiment.cache,
                 origin=_origin([copied for _, copied in counts], number),
+                start=_start(lineage, number),
             )
             shutil.rmtree(draft.folder / _LABELS)
             found, _ = report_of(draft.folder / train.MODEL, lineage.seed.path, experiment)
@@ -162,6 +163,13 @@ def make_round(lineage: Lineage, number: int) -> dict[str, Any]:
         *(number, row["training_rows"], row["loss"], row["accuracy"], row["f1"]),
     )
     return row
+
+
+def _start(lineage: Lineage, number: int) -> Path | None:
+    """Return the student that a round's training goes on from."""
+    if number == 0 or lineage.experiment.guide.weights == "fresh":
+        return None
+    return lineage.round(number - 1).path / train.MODEL
 
 
 def _parts(lineage: Lineage, number: int) -> list[Artifact]:

@@ -63,6 +63,7 @@ def train(
     cache: str,
     calibration: str = "batch",
     origin: str | None = None,
+    start: Path | None = None,
 ) -> Trained:
     """Train a student on the teacher's labels and leave the best epoch as a plain model.
 
@@ -90,6 +91,8 @@ def train(
         calibration: Kind of the labels' calibration, for the model card.
         origin: What the model card says of the labels instead, where a teacher alone did not give
             them.
+        start: Folder of a trained student to go on from, in place of an encoder; on more than one
+            machine, shared.
 
     Raises:
         ConfigError: The experiment wants gold where there is none, or `train.deepspeed` is wrong.
@@ -114,6 +117,7 @@ def train(
         train=section,
         expert=read_expert_settings(section),
         seed=seed,
+        start=start.resolve() if start else None,
     )
     _drop_broken_run(out / RUN)
     last, best = fit(work, out)

@@ -20,7 +20,7 @@ from llkd_ray.student import stopping
 from llkd_ray.student.batches import Rows, Share, read_rows
 from llkd_ray.student.engine import Average, start_engine
 from llkd_ray.student.evaluate import class_probabilities
-from llkd_ray.student.model import load_tokenizer, load_untrained, locate
+from llkd_ray.student.model import load_student, load_tokenizer, load_untrained, locate
 from llkd_ray.student.order import lanes_for
 
 
@@ -59,6 +59,8 @@ class Work:
     expert: dict[str, Any]
     """Further settings of DeepSpeed."""
     seed: int
+    start: Path | None = None
+    """Folder of a trained student to go on from; one with a fresh head when None."""
 
     @property
     def stepwise(self) -> bool:
@@ -117,7 +119,10 @@ def start_worker(context: Context, work: Work) -> Worker:
         validation = validation.subset(
             stopping.first_rows(validation.keys, most, all_reduce=all_reduce)
         )
-    model = load_untrained(work.student, work.label_names, seed=work.seed)
+    if work.start is None:
+        model = load_untrained(work.student, work.label_names, seed=work.seed)
+    else:
+        model = load_student(work.start)[0]
     engine = start_engine(
         model, work.train, work.expert, world_size=context.world_size, device=context.device
     )
