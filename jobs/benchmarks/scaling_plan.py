@@ -53,8 +53,8 @@ def measure(quick: bool, args: Any) -> dict[str, Any]:
                 *(second / 3600 for second in hours),
                 round(held),
                 round(held * args.usd_per_hour),
+                *(times.bottleneck, times.windows, times.files, times.driver_mb),
             ]
-            + [times.bottleneck, times.windows, times.files, times.driver_mb]
         )
     header = ["GPUs", "ask h", "start h", "compact h", "seal h", "wall h", "GPU h", "USD"]
     header += ["longest", "windows", "parts", "driver MB of blocks"]
