@@ -20,6 +20,7 @@ def test_teachers_start_anew_for_every_window() -> None:
     times = simulate(Stage(rows=2 * 2000 * 64 * 64 + 1, actors=8, rows_per_s=100, start_up_s=60))
     assert times.windows == 3
     assert times.start_up_s == 180
+    assert times.files == 2000 * 64
     assert times.driver_mb == pytest.approx(10)
 
 

@@ -1,7 +1,7 @@
 """The labelling stage as arithmetic: what each of its parts takes at a size and a number of GPUs.
 
 It follows `llkd_ray/teacher/readouts.py`: windows of `_BLOCKS` blocks between which the teachers
-start anew, a part for each batch in the ledger, and after the last window compacting, sealing and
+start anew, a part for each batch in the ledger, compacting, and after the last window sealing and
 the driver's walk over all shards.
 """
 
@@ -51,7 +51,7 @@ class Times:
     seal_s: float
     windows: int
     files: int
-    """Parts in the ledger before any is compacted."""
+    """Parts in the ledger at most: those of a window, before they are compacted."""
     driver_mb: float
     """Of blocks in one window."""
 
@@ -96,7 +96,7 @@ def simulate(stage: Stage) -> Times:
         compact_s=shards * stage.compact_s / stage.tasks,
         seal_s=shards * (stage.seal_s + look_up_s) / stage.tasks,
         windows=windows,
-        files=math.ceil(stage.rows / stage.batch_rows),
+        files=math.ceil(min(stage.rows, most) / stage.batch_rows),
         driver_mb=blocks * stage.block_kb / 1e3,
     )
 

@@ -132,8 +132,8 @@ def read_out(corpus: Path, folder: Path, opening: Opening, ledger: Ledger) -> An
             with tally.shown(sum(rows for _, rows in todo)):
                 for window in _windows(todo, _BLOCKS * _BATCHES_PER_BLOCK * teacher.batch_size):
                     _ask(window, opening, ledger, tally)
-        for _ in each(ledger.compact, ledger.open_folders()):
-            pass
+                    _compact(ledger)
+        _compact(ledger)
     _seal(free, ledger)
     counts = Counter[str]()
     for sealed in each(functools.partial(_seal, ledger=ledger), shards):
@@ -232,6 +232,12 @@ def _ask(window: list[tuple[Shard, int]], opening: Opening, ledger: Ledger, tall
         if isinstance(error.cause, TeacherError):
             raise error.cause from None
         raise
+
+
+def _compact(ledger: Ledger) -> None:
+    """Join the parts that nobody writes to any more; a window leaves one for each batch."""
+    for _ in each(ledger.compact, ledger.open_folders()):
+        pass
 
 
 def actor_resources(opening: Opening) -> dict[str, Any]:
