@@ -74,8 +74,8 @@ def overrides(folder: str, *, scripted: bool) -> list[str]:
     """Return what the run changes in the quickstart: more to do, for a pool that may grow."""
     actors = f"{{min = 1, max = {NODES}, num_cpus = 0.75, threads = 1}}"
     teacher = (
-        # A first node alone would need two minutes for these rows: others come long before.
-        ["teacher.kind=scripted", "teacher.rows_per_s=10.0", "teacher.max_unlabeled_rows=1200"]
+        # A first node alone would need more than three minutes: both others come long before.
+        ["teacher.kind=scripted", "teacher.rows_per_s=10.0", "teacher.max_unlabeled_rows=2000"]
         if scripted
         else ["teacher.max_unlabeled_rows=3000", "teacher.engine.cpu_kvcache_gib=1"]
     )
