@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llkd_ray.errors import LLKDError
+from llkd_ray.errors import ArtifactError, LLKDError
 
 FILE = "journal.jsonl"
 
@@ -50,12 +50,22 @@ class Journal(logging.Handler):
 
 @contextlib.contextmanager
 def recorded(run: Path, stage: str, overrides: list[str]) -> Iterator[None]:
-    """Record a job: that it started, what it logs, how it ended."""
-    run.mkdir(parents=True, exist_ok=True)
+    """Record a job: that it started, what it logs, how it ended.
+
+    Raises:
+        ArtifactError: The run's folder cannot be written.
+    """
     journal = Journal(run, stage)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        journal.write("started", overrides=overrides)
+    except OSError as error:
+        raise ArtifactError(
+            f"{run}: a run cannot be kept there ({error}); set runs=FOLDER to one that can be "
+            "written"
+        ) from error
     ours = logging.getLogger("llkd_ray")
     ours.addHandler(journal)
-    journal.write("started", overrides=overrides)
     started = time.perf_counter()
 
     def end(event: str, **details: Any) -> None:

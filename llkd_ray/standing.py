@@ -15,8 +15,7 @@ from llkd_ray.lineage import Lineage
 
 State = Literal["made", "being made", "unfinished", "not made"]
 
-_FOLDER = re.compile(r"(?P<noun>[a-z]+)-[0-9a-f]{12}(?P<unfinished>\.making)?(?P<gone>\.removed)?")
-_DAY_S = 86_400
+_FOLDER = re.compile(r"[a-z]+-[0-9a-f]{12}(?P<unfinished>\.making)?(\.removed)?")
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,15 @@ def test_a_job_that_is_interrupted_says_so(run: Run) -> None:
     assert journal.last_of_each_stage(folder)["label"]["event"] == "interrupted"
 
 
+def test_a_folder_that_cannot_hold_a_run_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run = Run((f"runs={tmp_path / 'file'}",))
+    failed = run.job("prepare")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith(f"error: {tmp_path / 'file/quickstart'}: a run cannot be kept")
+    assert len(failed.stderr.splitlines()) == 1
+
+
 def test_nothing_is_told_of_a_run_that_is_not_there(tmp_path: Path) -> None:
     assert journal.last_of_each_stage(tmp_path) == {}
     run = Run((f"runs={tmp_path / 'none'}",))
