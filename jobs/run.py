@@ -37,7 +37,10 @@ def run(experiment: Experiment) -> None:
             label.label(experiment)
             if experiment.serve.student == "guided" or experiment.train.lessons:
                 guide.guide(experiment)
-            train.train(experiment)
+            if experiment.serve.student == "trained":
+                train.train(experiment)
+            else:
+                train.train_rules(experiment, experiment.evaluate.compare_rules)
             if has_gold:
                 evaluate.evaluate(experiment)
             bench.bench(experiment)

@@ -1,6 +1,7 @@
 """Train the student on the teacher's labels, and those it is compared with."""
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from llkd_ray.cli import run_job
@@ -11,12 +12,17 @@ if TYPE_CHECKING:
 
 
 def train(experiment: Experiment) -> None:
-    if experiment.train.lessons:
-        mix(experiment)
-    for rule in dict.fromkeys([experiment.selection.rule, *experiment.evaluate.compare_rules]):
-        train_one(experiment, rule)
+    train_rules(experiment, [experiment.selection.rule, *experiment.evaluate.compare_rules])
     if experiment.serve.on_onnx:
         export(experiment, "trained")
+
+
+def train_rules(experiment: Experiment, rules: Iterable[str]) -> None:
+    """Train a student by each of the rules."""
+    if experiment.train.lessons:
+        mix(experiment)
+    for rule in dict.fromkeys(rules):
+        train_one(experiment, rule)
 
 
 def mix(experiment: Experiment) -> None:

@@ -18,20 +18,21 @@ from conftest import QUICKSTART, ROOT, Run, command
 
 from llkd_ray import schema
 from llkd_ray.artifacts import Rows, make
-from llkd_ray.config import Label, load_experiment
+from llkd_ray.config import Label, SamplingSection, load_experiment
 from llkd_ray.errors import ArtifactError, ConfigError, TeacherError
 from llkd_ray.guided.asking import report_of
 from llkd_ray.guided.lessons import author_of, opening_of
-from llkd_ray.guided.prompt import bare, writing_prompt
+from llkd_ray.guided.prompt import bare, decoding, text_in, writing_prompt
 from llkd_ray.guided.rounds import best_of, is_over, make_lessons, make_seed
 from llkd_ray.guided.seed import SHARD, TRAIN, VALIDATION, read_seed, write_labelled
 from llkd_ray.guided.shown import Shown
-from llkd_ray.guided.write import Round
+from llkd_ray.guided.write import Round, write
 from llkd_ray.lineage import Lineage
 from llkd_ray.report.story import tell
 from llkd_ray.serving.targets import application_of
 from llkd_ray.student import train
 from llkd_ray.student.model import load_tokenizer, load_untrained, locate
+from llkd_ray.teacher.actor import Opening
 
 SHOWN = Shown(correct=("What is it ?", "Why ?"), wrong=("Is it he ?",), hard=("Who ?", "He ?"))
 
@@ -45,9 +46,9 @@ def task():
     return load_experiment(QUICKSTART).task
 
 
-def prompt_of(task, *, room, report="accuracy 0.50", chat=False):
+def prompt_of(task, *, room, report="accuracy 0.50", chat=False, form="line", shown=SHOWN):
     label = Label(name="person", words="human being", description="who")
-    return writing_prompt(task, label, report, SHOWN, chat=chat, room=room, count=words)
+    return writing_prompt(task, label, report, shown, chat=chat, form=form, room=room, count=words)
 
 
 def test_a_prompt_ends_where_the_next_text_of_its_label_begins(task):
@@ -66,6 +67,42 @@ def test_a_chat_ends_with_what_is_asked_for(task):
     assert prompt.endswith(f"Question: He ?\n\n{asked}")
     rest = prompt_of(task, room=1000).partition("Here are more")[0]
     assert prompt.removesuffix(asked) == rest
+
+
+def test_where_json_is_asked_for_rows_are_shown_as_json_lines_and_all(task):
+    shown = Shown(correct=('Who said "no" ?\nAnd why ?',), wrong=(), hard=("هل ؟",))
+    prompt = prompt_of(task, room=1000, form="json", shown=shown)
+    assert '\n{"text": "Who said \\"no\\" ?\\nAnd why ?"}\n' in prompt
+    assert '\n{"text": "هل ؟"}\n' in prompt
+    assert prompt.endswith('"human being" (who), each as a JSON object like {"text": "..."}.\n')
+    chat = prompt_of(task, room=1000, form="json", chat=True)
+    assert chat.endswith('(who), as a JSON object like {"text": "..."} and with nothing else.')
+
+
+def test_a_text_is_taken_out_of_its_json_and_what_is_none_is_no_text(task):
+    def read(said):
+        return text_in(said, task, "json")
+
+    assert read('{"text": " Question: \\"no\\"\\nWhy ? "}') == 'Question: "no"\nWhy ?'
+    assert read('{"text": "half \\ud83d of it"}') == "half  of it"
+    for said in (
+        "",
+        "Who ?",
+        '{"text": "Who',
+        '{"texts": "Who ?"}',
+        '{"text": 3}',
+        '["Who ?"]',
+        "3",
+    ):
+        assert read(said) == ""
+    assert text_in('{"text": "Who ?"}', task, "line") == '{"text": "Who ?"}'
+
+
+def test_a_line_ends_with_the_line_and_json_by_itself():
+    line, in_json = (decoding(SamplingSection(form=form, top_p=0.5)) for form in ("line", "json"))
+    assert line == {"temperature": 1.0, "top_p": 0.5, "max_tokens": 64, "stop": ["\n"]}
+    assert in_json.pop("json_schema")["required"] == ["text"]
+    assert in_json == {"temperature": 1.0, "top_p": 0.5, "max_tokens": 64}
 
 
 @pytest.mark.parametrize(
@@ -384,6 +421,30 @@ def test_a_round_that_is_killed_ends_with_the_rows_of_an_unbroken_one(tmp_path, 
     assert application_of("student", guided, guided.experiment.serve) is not None
     card = (broken.round(1).path / "model/README.md").read_text()
     assert f"48 texts labelled by people and {len(kept)} written by a language model" in card
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
+def test_a_small_model_is_held_to_json(tmp_path):
+    experiment = load_experiment(QUICKSTART, [f"runs={tmp_path}"])
+    prompt = {
+        "prompt_id": "p",
+        "label": "person",
+        "first": 0,
+        "samples": 8,
+        "text": prompt_of(experiment.task, room=1000, form="json"),
+    }
+    written = write(
+        pa.Table.from_pylist([prompt], schema.PROMPTS),
+        tmp_path / "parts",
+        opening=Opening.of(experiment),
+        sampling=SamplingSection(form="json", temperature=0.7),
+        of=Round(1, 0),
+    ).to_pylist()
+    ended = [row for row in written if row["finished"]]
+    assert len(ended) >= 4
+    assert all(row["text"] and row["error"] is None for row in ended)
+    assert not any("{" in row["text"] or row["text"].endswith('"}') for row in ended)
 
 
 @pytest.mark.slow

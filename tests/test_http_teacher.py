@@ -35,6 +35,7 @@ from llkd_ray.config import (
     PromptSection,
     SamplingSection,
     TaskSection,
+    TextForm,
     load_experiment,
 )
 from llkd_ray.corpus import read_shards
@@ -693,17 +694,22 @@ def test_a_real_model_writes_by_its_seed(real: dict[str, Any], experiment: Any, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["line", "json"])
 def test_the_texts_of_a_prompt_are_written_and_read_over_http(
-    real: dict[str, Any], experiment: Any, tmp_path: Path
+    real: dict[str, Any], experiment: Any, tmp_path: Path, form: TextForm
 ) -> None:
     task = experiment.task
     opening = Opening(task, HTTPTeacher(**real, api="completions"), (), experiment.cache)
-    text = "Questions:\nWho wrote Hamlet ?\nWho is Peter Weir ?\nQuestion:"
+    texts = ["Who wrote Hamlet ?", "Who is Peter Weir ?"]
+    if form == "json":
+        text = "".join(f"{json.dumps({'text': question})}\n" for question in texts)
+    else:
+        text = "\n".join(["Questions:", *texts, "Question:"])
     prompt = {"prompt_id": "p", "label": "person", "first": 4, "samples": 3, "text": text}
     of = Round(1, 0)
 
     async def write() -> None:
-        writer = Writer(opening, SamplingSection(max_tokens=24), of, tmp_path)
+        writer = Writer(opening, SamplingSection(form=form, max_tokens=48), of, tmp_path)
         await writer(pa.Table.from_pylist([prompt], schema.PROMPTS))
         await writer.close()
 
@@ -716,6 +722,7 @@ def test_the_texts_of_a_prompt_are_written_and_read_over_http(
         assert row["tokens"] > 0
         assert (row["logprobs"] is None) == (not row["text"])
     assert any(row["text"] for row in rows)
+    assert not any("{" in row["text"] for row in rows)
 
 
 @pytest.mark.slow

@@ -12,7 +12,13 @@ from llkd_ray.config.endpoint import (
     StudentSource,
 )
 from llkd_ray.config.experiment import Experiment, load_experiment, with_overrides
-from llkd_ray.config.guide import ChecksSection, GuideSection, SamplingSection, ShownSection
+from llkd_ray.config.guide import (
+    ChecksSection,
+    GuideSection,
+    SamplingSection,
+    ShownSection,
+    TextForm,
+)
 from llkd_ray.config.section import as_tree
 from llkd_ray.config.selection import (
     RULES,
@@ -101,6 +107,7 @@ __all__ = [
     "TaskSection",
     "TeacherOnlyRule",
     "TeacherSection",
+    "TextForm",
     "TopFractionRule",
     "TrainSection",
     "VLLMTeacher",

@@ -8,6 +8,8 @@ from pydantic import model_validator as validator
 from llkd_ray.config.section import Fraction, OpenFraction, Section
 from llkd_ray.config.selection import RuleName
 
+TextForm = Literal["line", "json"]
+
 
 class ShownSection(Section):
     """Which gold rows of a label the teacher is shown before it writes more of them."""
@@ -26,6 +28,10 @@ class ShownSection(Section):
 class SamplingSection(Section):
     """How the teacher's texts are drawn."""
 
+    form: TextForm = "line"
+    """line: a text is a line, which any model can write. json: a text is a JSON object that the
+    engine holds the model to (structured output), so that it may have several lines and nothing
+    stands around it; an endpoint behind HTTP must know `response_format`."""
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
     max_tokens: PositiveInt = 64

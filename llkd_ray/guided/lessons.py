@@ -131,6 +131,7 @@ def _write_prompts(
                 told,
                 shown,
                 chat=_is_chat(opening.teacher),
+                form=guide.sampling.form,
                 room=room,
                 count=count,
             )

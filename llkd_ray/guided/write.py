@@ -20,7 +20,7 @@ from ray.data import ActorPoolStrategy
 from llkd_ray import schema
 from llkd_ray.config import SamplingSection
 from llkd_ray.errors import TeacherError
-from llkd_ray.guided.prompt import STOP, bare
+from llkd_ray.guided.prompt import decoding, text_in
 from llkd_ray.teacher.actor import Opening
 from llkd_ray.teacher.answers import Answer, Continuation
 from llkd_ray.teacher.engine import Engine
@@ -117,7 +117,7 @@ class Writer:
         assert isinstance(author, (Engine, Endpoint)), "no script writes"
         self._author = author
         self._task = opening.task
-        self._sampling = sampling.model_dump()
+        self._form, self._decoding = sampling.form, decoding(sampling)
         self._round = of
         self._folder = folder
 
@@ -132,7 +132,7 @@ class Writer:
         # The first sample leaves the prompt in the cache for the others.
         samples = [await self._write(prompt["text"], ids[0])]
         samples += await asyncio.gather(*(self._write(prompt["text"], id_) for id_ in ids[1:]))
-        texts = [bare(sample.text, self._task) for sample in samples]
+        texts = [text_in(sample.text, self._task, self._form) for sample in samples]
         readable = [at for at, text in enumerate(texts) if text]
         answers: dict[int, Answer] = {}
         if readable:
@@ -151,7 +151,7 @@ class Writer:
 
     async def _write(self, prompt: str, sample_id: str) -> Continuation:
         seed = self._round.seed_of(sample_id)
-        return await self._author.write(prompt, **self._sampling, seed=seed, stop=[STOP])
+        return await self._author.write(prompt, **self._decoding, seed=seed)
 
     def _row(
         self,

@@ -49,6 +49,9 @@ def environment_of(config: ServeSection) -> dict[str, str]:
         # Its own default is not to send again what a replica may have begun to compute.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": str(_ATTEMPTS - 1),
+        # What does not fit is not sent again; 64 long questions fit, and a connection that waits
+        # holds no buffer.
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "262144",
         # How long a replica that goes waits for HAProxy to have heard of it.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     }

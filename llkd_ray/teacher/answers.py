@@ -3,7 +3,7 @@
 Shape legend: N texts, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -66,13 +66,16 @@ class Teacher(Protocol):
 class Author(Teacher, Protocol):
     """A teacher that also writes."""
 
-    async def write(self, prompt: str, **sampling: Any) -> Continuation:
+    async def write(
+        self, prompt: str, *, json_schema: Mapping[str, Any] | None = None, **sampling: Any
+    ) -> Continuation:
         """Go on from a prompt, or answer it where the teacher's format is a chat.
 
         What concerns this prompt alone is the continuation's error.
 
         Args:
             prompt: Text, in which nothing is special.
+            json_schema: Of what is to be written; any text where not given.
             sampling: temperature, top_p, max_tokens, seed and stop, as OpenAI's API and vLLM's
                 SamplingParams have them.
 

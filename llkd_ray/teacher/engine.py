@@ -78,14 +78,19 @@ class Engine:
                 self._warm = True
         return list(await asyncio.gather(*map(self._read_one, encoded)))
 
-    async def write(self, prompt: str, **sampling: Any) -> Continuation:
+    async def write(
+        self, prompt: str, *, json_schema: Mapping[str, Any] | None = None, **sampling: Any
+    ) -> Continuation:
         """Go on from a prompt, or answer it; see `Author.write`."""
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         ids = self._prompt.to_write(prompt)
-        parameters = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
+        held = StructuredOutputsParams(json=dict(json_schema)) if json_schema else None
+        parameters = SamplingParams(
+            **sampling, structured_outputs=held, output_kind=RequestOutputKind.FINAL_ONLY
+        )
         try:
             output = await self._generate(ids, [], parameters)
         except EngineDeadError as error:

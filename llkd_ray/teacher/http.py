@@ -10,7 +10,7 @@ Shape legend: N texts, C classes.
 import asyncio
 import logging
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,9 +83,14 @@ class Endpoint:
             return [Answer(None, 0, 0, 0, str(error))] * len(texts)
         return await self._each(reading, texts)
 
-    async def write(self, prompt: str, **sampling: Any) -> Continuation:
+    async def write(
+        self, prompt: str, *, json_schema: Mapping[str, Any] | None = None, **sampling: Any
+    ) -> Continuation:
         """Go on from a prompt, or answer it; see `Author.write`."""
         body: dict[str, Any] = {"model": self._teacher.model, **sampling}
+        if json_schema is not None:
+            format_ = {"name": "text", "schema": dict(json_schema), "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": format_}
         if self._teacher.api == "chat":
             path, body["messages"] = "/chat/completions", [{"role": "user", "content": prompt}]
         else:
