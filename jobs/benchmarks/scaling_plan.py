@@ -1,8 +1,10 @@
 """What would labelling a billion rows take, and what breaks first?
 
-No teacher runs. A simulation of the stage (scaling.py) is given the ledger's costs as this machine
-measures them on a local disk, and a teacher's rate that is stated, from FLOPs. Checked is one law
-of it, that a look-up grows with the ledger's folder: measured at one size, predicted at another.
+No language model runs. A simulation of the stage (scaling.py) is given the ledger's costs as this
+machine measures them on a local disk, and a teacher's rate that is stated, from FLOPs. Two of its
+laws are checked, each measured at one point and predicted at another: that a look-up grows with the
+ledger's folder; and how long the stage as a whole takes, by scripted teachers of a stated rate, for
+which start-up is learned from a few rows and one teacher, and more rows and teachers are predicted.
 """
 
 import sys
@@ -15,9 +17,14 @@ import figures
 import pyarrow as pa
 import scaling
 
+from llkd_ray.config import load_experiment
 from llkd_ray.teacher.ledger import Ledger
 
+QUICKSTART = figures.JOBS / "configs/quickstart.toml"
 _CLASSES = 6
+_SCRIPTED_ROWS_PER_S = 100.0
+_FEW_ROWS, _ROWS = 256, 4096
+_TEACHERS = (1, 2, 4)
 _SHARD_ROWS = 10_000
 _BATCH_ROWS = 64
 
@@ -31,6 +38,13 @@ def measure(quick: bool, args: Any) -> dict[str, Any]:
         measured = look_up_s(Path(folder) / "large", large)
     predicted = entry_s * large
     print(f"look-up among {large} entries: predicted {predicted:.4f} s, measured {measured:.4f} s")
+    checks = check_stage()
+    print(
+        figures.table(
+            [f"{_ROWS} rows, scripted teachers", "predicted s", "measured s", "off by"],
+            [[teachers, *times, times[0] / times[1] - 1] for teachers, times in checks.items()],
+        )
+    )
     rate = args.peak_tflops * 1e12 * args.utilisation / (2 * args.parameters * args.tokens)
     print(f"stated, not measured: {rate:.0f} rows/s of a GPU, {args.usd_per_hour:g} USD an hour")
     lines = []
@@ -61,9 +75,65 @@ def measure(quick: bool, args: Any) -> dict[str, Any]:
     print(figures.table(header, lines))
     return {
         "look_up_error": round(predicted / measured - 1, 3),
+        "stage_error": {
+            teachers: round(times[0] / times[1] - 1, 3) for teachers, times in checks.items()
+        },
         "rows_per_s_stated": round(rate, 1),
         "plan": [dict(zip(header, line, strict=True)) for line in lines],
     }
+
+
+def check_stage() -> dict[int, tuple[float, float]]:
+    """Return the seconds of the stage as simulated and as measured, by the number of teachers."""
+    from llkd_ray.cluster import ray_session
+    from llkd_ray.corpus import prepare
+
+    checks = {}
+    with tempfile.TemporaryDirectory() as folder:
+        experiment = load_experiment(QUICKSTART, [f"runs={folder}"])
+        corpus = Path(folder) / "corpus"
+        corpus.mkdir()
+        prepare(experiment.corpus, experiment.task, corpus)
+        with ray_session(experiment.ray):
+            stage_s(corpus, Path(folder) / "warm", _FEW_ROWS, 1)
+            few_s = stage_s(corpus, Path(folder) / "few", _FEW_ROWS, 1)
+            start_up_s = few_s - _FEW_ROWS / _SCRIPTED_ROWS_PER_S
+            for teachers in _TEACHERS:
+                stage = scaling.Stage(
+                    rows=_ROWS,
+                    actors=teachers,
+                    rows_per_s=_SCRIPTED_ROWS_PER_S,
+                    start_up_s=start_up_s,
+                )
+                measured = stage_s(corpus, Path(folder) / f"of-{teachers}", _ROWS, teachers)
+                checks[teachers] = scaling.simulate(stage).wall_s, measured
+    return checks
+
+
+def stage_s(corpus: Path, folder: Path, rows: int, teachers: int) -> float:
+    """Return the seconds in which scripted teachers label rows, from the call to the last seal."""
+    from llkd_ray.teacher.actor import Opening
+    from llkd_ray.teacher.readouts import read_out
+
+    experiment = load_experiment(
+        QUICKSTART,
+        [
+            "teacher.kind=scripted",
+            f"teacher.rows_per_s={_SCRIPTED_ROWS_PER_S}",
+            f"teacher.actors.min={teachers}",
+            f"teacher.actors.max={teachers}",
+            "teacher.actors.num_cpus=0.2",
+            'teacher.splits=["unlabeled"]',
+            f"teacher.max_unlabeled_rows={rows}",
+        ],
+    )
+    folder.mkdir()
+    ledger = Ledger(folder / "ledger", len(experiment.task.labels))
+    ledger.open({})
+    (folder / "readouts").mkdir()
+    started = time.perf_counter()
+    read_out(corpus, folder / "readouts", Opening.of(experiment), ledger)
+    return time.perf_counter() - started
 
 
 def look_up_s(folder: Path, entries: int) -> float:
