@@ -304,7 +304,14 @@ def _open(uri: str) -> tuple[Any, str]:
             region = fs.FileSystem.from_uri(uri)[0].region
         except OSError as error:
             raise _refused(uri, error) from error
-    filesystem = fs.S3FileSystem(
+
+    class Patient(fs.S3FileSystem):  # type: ignore[misc]
+        """Stays patient in other processes, where pyarrow's own would forget the retries."""
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _reopen, (uri,)
+
+    filesystem = Patient(
         region=region,
         connect_timeout=_CONNECT_S,
         request_timeout=_SILENCE_S,
@@ -314,6 +321,10 @@ def _open(uri: str) -> tuple[Any, str]:
         **options,
     )
     return filesystem, uri.removeprefix("s3://")
+
+
+def _reopen(uri: str) -> Any:
+    return _open(uri)[0]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """Runs in an object store: a real server on loopback, spoken to by pyarrow's S3 client."""
 
+import contextlib
 import itertools
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,10 @@ from llkd_ray.errors import ConfigError, StorageError
 from llkd_ray.standing import leftovers, remove, standings
 from llkd_ray.teacher.ledger import Ledger, range_name
 from llkd_ray.teacher.status import status
+
+sys.path.insert(0, str(ROOT / "jobs/benchmarks"))
+
+import autoscaling
 
 BUCKET = "bucket"
 NODES = ("here", "there")
@@ -248,6 +254,16 @@ def test_a_store_that_refuses_for_some_seconds_is_asked_again(
     assert len(refused) > 1
 
 
+def test_a_file_system_that_is_sent_elsewhere_is_opened_there_anew(
+    runs: str, tmp_path: Path
+) -> None:
+    filesystem, path = storage.filesystem_of(artifact(runs, tmp_path).path)
+    sent = pickle.dumps(filesystem)
+    assert pickle.loads(sent) is filesystem  # noqa: S301 - our own.
+    assert CREDENTIALS["AWS_SECRET_ACCESS_KEY"].encode() not in sent
+    assert path.startswith(f"{BUCKET}/")
+
+
 def test_a_store_that_is_not_there_is_told_in_one_line(s3: str, tmp_path: Path) -> None:
     runs = "s3://no-such-bucket/runs"
     done = subprocess.run(
@@ -390,3 +406,73 @@ def answered(run: Run) -> int:
     ledger = Ledger(run.lineage.ledger, len(experiment.task.labels))
     splits = status(run.lineage.corpus.require().path, experiment.teacher, ledger)
     return sum(split.done for split in splits)
+
+
+# Nodes that share a machine share no cache, if one has another folder mounted there.
+_APART = 'mount -t tmpfs none "$0" && exec "$@"'
+
+
+@contextlib.contextmanager
+def two_nodes(url: str, cache: Path, log: Path) -> Iterator[tuple[str, Path]]:
+    """Run a Ray of two nodes, of which one computes, and the other one holds jobs alone.
+
+    Yields its address, and the computing node's cache as it is seen from here.
+    """
+    [port] = autoscaling.free_ports(1)
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+    ray += ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
+    address = f"127.0.0.1:{port}"
+    head = [*ray, "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"]
+    node = ["unshare", "-m", "sh", "-c", _APART, str(cache), *ray]
+    node += [f"--address={address}", "--num-cpus=2"]
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("w"))
+        started = []
+        for command_ in (head, node):
+            started.append(
+                stack.enter_context(
+                    subprocess.Popen(
+                        command_, env=environment(url), stdout=output, stderr=subprocess.STDOUT
+                    )
+                )
+            )
+            stack.callback(autoscaling.end, started[-1])
+            told = len(started)
+            wait_for(lambda told=told: log.read_text().count("Ray runtime started") == told)
+        yield address, Path(f"/proc/{started[-1].pid}/root{cache}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode != 0,
+    reason="only root can give a process another view of the file system",
+)
+def test_nodes_that_share_no_disk_label_and_train(
+    s3: str, runs: str, tmp_path: Path, small_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    run = Run(
+        (
+            *(f"runs={runs}", f"cache={cache}", *SMALL, "teacher.kind=scripted"),
+            *(f"student.model={small_encoder}", "student.max_length=64"),
+        )
+    )
+    with two_nodes(s3, cache, tmp_path / "log") as (address, of_node):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        for verb in ("prepare", "label", "train"):
+            run_job(s3, run, verb)
+        there = {path.name for path in of_node.glob("stores/*/*/*/*/*")}
+        assert "shard-00000.parquet" in there
+        assert not set(of_node.glob(f"stores/*/*/*/{MANIFEST}"))
+    lineage = run.lineage
+    seen = Run((*run.overrides, f"cache={tmp_path / 'third'}")).lineage.student().require()
+    assert contents(seen.path) == contents(lineage.student().path)
+    assert {path.name for path in seen.path.iterdir()} == {
+        *("model", "signals", "audit.parquet", "epochs.parquet", MANIFEST)
+    }
+    assert len(list((seen.path / "signals").iterdir())) == 2
+    names = storage.names(lineage.run)
+    assert not [
+        name for name in names if name.endswith(".making") and storage.files(lineage.run / name)
+    ]
