@@ -10,8 +10,10 @@ a folder is committed by one file that is put last. So what a mirror has of a fi
 look, and mirrors can be deleted whenever no job is at work.
 
 Object stores have no locks and no renaming. Two jobs of one node keep out of each other's way by
-the locks of the mirror, and `ray job submit` runs all jobs on the head node. Jobs on nodes that
-share nothing may do the same work twice; whichever commits first is the one that is read.
+the locks of the mirror, and `ray job submit` runs all jobs on the head node. Two jobs that make the
+same thing on nodes which share nothing do the work twice, and one may take from the other what is
+unfinished, so that it fails and has to be run again. What is committed is whole even then: the
+same settings and inputs made it, and whichever is there first stays.
 
 Endpoint and credentials come from the environment alone, on every node: AWS_ENDPOINT_URL,
 AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or what else the AWS SDK looks for), and
@@ -36,8 +38,8 @@ from llkd_ray.errors import StorageError
 _MIRRORS = "stores"
 # The name of a folder may have 255 bytes.
 _MAX_NAME = 240
-# Of a request that a store refuses (503 SlowDown, a connection that fails): waits grow to 20 s, so
-# that a store may be away for about a minute.
+# Of a request that a store refuses (503 SlowDown, a connection that fails). Waits are random and
+# grow to 20 s: a store may be away for half a minute; one that is gone is told after one or two.
 _ATTEMPTS = 10
 # Without these, a store that is silent for 3 s is given up.
 _CONNECT_S = 10.0

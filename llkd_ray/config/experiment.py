@@ -60,7 +60,8 @@ class Experiment(Section):
     s3://BUCKET/runs; endpoint and credentials of a store come from the environment, on every node:
     AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY."""
     cache: Text = "~/.cache/llkd_ray"
-    """Folder for converted models and for what is fetched from a store, on each node."""
+    """Folder for converted models and for what is fetched from a store: each node's own, at the
+    same path on all."""
     seed: NonNegativeInt = 0
     task: TaskSection
     corpus: CorpusSection

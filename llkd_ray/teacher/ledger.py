@@ -59,8 +59,8 @@ class Ledger:
     def only_writer(self) -> Iterator[None]:
         """Hold the ledger's lock; the kernel lets go of it however the process ends.
 
-        In an object store, it keeps off the jobs of this node. Those of others would ask about
-        the same rows, and nothing would be lost.
+        In an object store, it keeps off the jobs of this node; those of others would ask about the
+        same rows.
 
         Raises:
             ArtifactError: Another job is writing into it.
