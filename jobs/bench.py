@@ -28,7 +28,7 @@ def bench(experiment: Experiment) -> None:
         needed.require()
     artifact = lineage.bench
     if artifact.made:
-        print(f"bench: {artifact.path} is there already")
+        print(f"bench: {artifact} is there already")
         return
     gold = read_texts(lineage.corpus.path, experiment.serve.max_text_chars)
     with make(artifact) as draft:
@@ -44,7 +44,7 @@ def bench(experiment: Experiment) -> None:
     ends = summary.endpoints.values()
     print("\n".join(table.lines(summary)))
     print(
-        f"bench: wrote {artifact.path}: the student is {summary.speedup:.1f} times as fast on 64 "
+        f"bench: wrote {artifact}: the student is {summary.speedup:.1f} times as fast on 64 "
         f"texts and {summary.cost_ratio:.1f} times as cheap; "
         f"{sum(end.failed for end in ends)} of {sum(end.requests for end in ends)} requests failed"
     )

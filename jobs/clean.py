@@ -23,6 +23,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     def clean(experiment: Experiment) -> None:
+        from llkd_ray import storage
         from llkd_ray.lineage import Lineage
         from llkd_ray.standing import leftovers, remove
 
@@ -32,10 +33,10 @@ def main() -> int:
             if leftover.age_s < arguments.older_than_days * _DAY_S:
                 continue
             if leftover.answers and not arguments.answers:
-                print(f"kept: {leftover.path}, a teacher's answers (--answers)")
+                print(f"kept: {storage.address(leftover.path)}, a teacher's answers (--answers)")
                 continue
             print(
-                f"{leftover.path}: {leftover.size_bytes / 1e6:.1f} MB, "
+                f"{storage.address(leftover.path)}: {leftover.size_bytes / 1e6:.1f} MB, "
                 f"{leftover.age_s / _DAY_S:.1f} days old"
             )
             if arguments.delete:

@@ -15,8 +15,8 @@ def compare(experiment: Experiment) -> None:
     lineage.labelled.require()
     artifact = lineage.comparison
     if artifact.made:
-        print((artifact.path / "table.txt").read_text(encoding="utf-8"), end="")
-        print(f"compare: {artifact.path} is there already")
+        print((artifact.require().path / "table.txt").read_text(encoding="utf-8"), end="")
+        print(f"compare: {artifact} is there already")
         return
 
     from llkd_ray.artifacts import Rows, make, write_text
@@ -32,7 +32,7 @@ def compare(experiment: Experiment) -> None:
     print(table, end="")
     trials = sum(line.seeds for line in compared.lines if line.criterion == "last")
     print(
-        f"compare: wrote {artifact.path}: {trials} trials on {compared.test_rows} gold test rows; "
+        f"compare: wrote {artifact}: {trials} trials on {compared.test_rows} gold test rows; "
         "table.txt, table.json, curves.svg"
     )
 

@@ -29,7 +29,7 @@ def score(experiment: Experiment) -> None:
     lineage.labels.require()
     students = {rule: artifact.require() for rule, artifact in lineage.students.items()}
     if lineage.scores.made:
-        print(f"evaluate: {lineage.scores.path} is there already")
+        print(f"evaluate: {lineage.scores} is there already")
         return
 
     from llkd_ray.artifacts import make
@@ -56,7 +56,7 @@ def score(experiment: Experiment) -> None:
         f"{name} {score.accuracy.value:.3f}" for name, score in scored.models.items()
     )
     print(
-        f"evaluate: wrote {lineage.scores.path}: accuracy on {scored.rows.kept} gold test rows: "
+        f"evaluate: wrote {lineage.scores}: accuracy on {scored.rows.kept} gold test rows: "
         f"{accuracies}"
     )
 
@@ -68,7 +68,7 @@ def cascade(experiment: Experiment) -> None:
     lineage = Lineage(experiment)
     artifact = lineage.cascade
     if artifact.made:
-        print(f"evaluate: {artifact.path} is there already")
+        print(f"evaluate: {artifact} is there already")
         return
 
     from llkd_ray.artifacts import make
@@ -95,7 +95,7 @@ def cascade(experiment: Experiment) -> None:
     found = measured.summary
     on = found.test or found.validation
     print(
-        f"evaluate: wrote {artifact.path}: the cascade asks the teacher about "
+        f"evaluate: wrote {artifact}: the cascade asks the teacher about "
         f"{on.teacher_fraction:.1%} of {on.rows} {'test' if found.test else 'validation'} rows: "
         f"accuracy {on.accuracy.value:.3f}, student alone {on.student.value:.3f}, teacher alone "
         f"{on.teacher.value:.3f}; {found.reason}"

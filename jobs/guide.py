@@ -25,7 +25,7 @@ def go_through_rounds(experiment: Experiment) -> None:
     lineage.corpus.require()
     artifact = lineage.guided
     if artifact.made:
-        print(f"guide: {artifact.path} is there already")
+        print(f"guide: {artifact} is there already")
         return
 
     from llkd_ray.artifacts import make
@@ -44,7 +44,7 @@ def go_through_rounds(experiment: Experiment) -> None:
     details, test = draft.details, draft.details["test"]
     scores = f", test accuracy {test['accuracy']['value']:.3f}" if test else ""
     print(
-        f"guide: wrote {artifact.path}: round {details['best_round']} of {details['rounds']} has "
+        f"guide: wrote {artifact}: round {details['best_round']} of {details['rounds']} has "
         f"the lowest validation loss, {details['validation_loss']:.3f}; {draft.rows.kept} of "
         f"{draft.rows.taken} texts were kept{scores}"
     )

@@ -20,7 +20,7 @@ def label(experiment: Experiment) -> None:
     lineage = Lineage(experiment)
     lineage.corpus.require()
     if lineage.labels.made:
-        print(f"label: {lineage.labels.path} is there already")
+        print(f"label: {lineage.labels} is there already")
         return
     if not lineage.readouts.made:
         read_out(experiment)
@@ -55,7 +55,7 @@ def read_out(experiment: Experiment) -> None:
         draft.rows = Rows(taken=answered.taken, kept=kept, rejected=answered.rejected)
         draft.details = {**asdict(answered), "model": lineage.asking["model"]}
     print(
-        f"label: wrote {lineage.readouts.path}: asked about {answered.answered_now} rows at "
+        f"label: wrote {lineage.readouts}: asked about {answered.answered_now} rows at "
         f"{answered.rows_per_s:.1f} rows/s, {answered.rejected} of {answered.taken} rejected"
     )
 
@@ -72,7 +72,7 @@ def calibrate(experiment: Experiment) -> None:
     with make(lineage.labels) as draft, _shard_by_shard(experiment) as each:
         labelled = label.label(
             lineage.corpus.path,
-            lineage.readouts.path,
+            lineage.readouts.require().path,
             draft.folder,
             experiment.calibration,
             experiment.task.label_names,
@@ -89,7 +89,7 @@ def calibrate(experiment: Experiment) -> None:
         f"calibration error {labelled.ece:.3f}"
     )
     print(
-        f"label: wrote {lineage.labels.path}: {labelled.unlabeled_rows} unlabeled rows, "
+        f"label: wrote {lineage.labels}: {labelled.unlabeled_rows} unlabeled rows, "
         f"{labelled.unlabeled_rejected} rejected{quality}"
     )
 
@@ -100,7 +100,7 @@ def _shard_by_shard(experiment: Experiment) -> Iterator[Any]:
     from llkd_ray.cluster import each, ray_session
     from llkd_ray.lineage import Lineage
 
-    shards = len(list(Lineage(experiment).readouts.path.glob("*/shard-*.parquet")))
+    shards = len(list(Lineage(experiment).readouts.require().path.glob("*/shard-*.parquet")))
     embeds = experiment.calibration.kind == "stacked"
     if shards < (_EMBEDDED_SHARDS_FOR_RAY if embeds else _SHARDS_FOR_RAY):
         yield map
@@ -130,6 +130,7 @@ def print_plan(experiment: Experiment) -> None:
 
 def print_status(experiment: Experiment) -> None:
     """Print rows done, left and rejected; a running job is not disturbed."""
+    from llkd_ray import storage
     from llkd_ray.lineage import Lineage
     from llkd_ray.teacher.ledger import Ledger
     from llkd_ray.teacher.status import status
@@ -137,14 +138,14 @@ def print_status(experiment: Experiment) -> None:
     lineage = Lineage(experiment)
     lineage.corpus.require()
     ledger = Ledger(lineage.ledger, len(experiment.task.labels))
-    print(f"{lineage.ledger}")
+    print(storage.address(lineage.ledger))
     print(f"{'split':12}{'rows':>12}{'done':>12}{'rejected':>12}{'left':>12}")
     for split in status(lineage.corpus.path, experiment.teacher, ledger):
         print(
             f"{split.split:12}{split.rows:>12}{split.done:>12}{split.rejected:>12}{split.left:>12}"
         )
     for artifact in (lineage.readouts, lineage.labels):
-        print(f"{artifact.path} {'is there' if artifact.made else 'is not made yet'}")
+        print(f"{artifact} {'is there' if artifact.made else 'is not made yet'}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def prepare(experiment: Experiment) -> None:
 
     artifact = Lineage(experiment).corpus
     if artifact.made:
-        print(f"prepare: {artifact.path} is there already")
+        print(f"prepare: {artifact} is there already")
         return
     with make(artifact) as draft:
         prepared = corpus.prepare(experiment.corpus, experiment.task, draft.folder)
@@ -23,7 +23,7 @@ def prepare(experiment: Experiment) -> None:
         counts = asdict(prepared)
         draft.details = {**counts.pop("splits"), **counts}
     splits = ", ".join(f"{rows} {split}" for split, rows in prepared.splits.items())
-    print(f"prepare: wrote {artifact.path}: {splits}, {prepared.rejected} rejected")
+    print(f"prepare: wrote {artifact}: {splits}, {prepared.rejected} rejected")
 
 
 if __name__ == "__main__":

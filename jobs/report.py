@@ -7,6 +7,7 @@ from llkd_ray.config import Experiment
 
 
 def report(experiment: Experiment) -> None:
+    from llkd_ray import storage
     from llkd_ray.lineage import Lineage
     from llkd_ray.report.page import write_report
     from llkd_ray.report.summary import result_lines
@@ -14,7 +15,7 @@ def report(experiment: Experiment) -> None:
     lineage = Lineage(experiment)
     summary = write_report(lineage)
     print("\n".join(result_lines(summary)))
-    print(lineage.run / "report.html")
+    print(storage.address(lineage.run / "report.html"))
 
 
 if __name__ == "__main__":

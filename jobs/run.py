@@ -17,6 +17,7 @@ def run(experiment: Experiment) -> None:
     import report
     import train
 
+    from llkd_ray import storage
     from llkd_ray.cluster import ray_session
     from llkd_ray.lineage import Lineage
     from llkd_ray.serving.ingress import environment_of
@@ -47,7 +48,8 @@ def run(experiment: Experiment) -> None:
     if not has_gold:
         print("evaluate: nothing to score against, the corpus has no gold test rows")
     report.report(experiment)
-    print(f"run: {lineage.run} is complete after {time.perf_counter() - started:.0f} s")
+    seconds = time.perf_counter() - started
+    print(f"run: {storage.address(lineage.run)} is complete after {seconds:.0f} s")
 
 
 if __name__ == "__main__":

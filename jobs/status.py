@@ -9,13 +9,14 @@ from llkd_ray.config import Experiment
 
 
 def status(experiment: Experiment) -> None:
+    from llkd_ray import storage
     from llkd_ray.errors import ArtifactError
     from llkd_ray.journal import last_of_each_stage
     from llkd_ray.lineage import Lineage
     from llkd_ray.standing import leftovers, standings
 
     lineage = Lineage(experiment)
-    print(lineage.run)
+    print(storage.address(lineage.run))
     print(
         f"{'made by':9} {'artifact':26} {'state':10} {'since (UTC)':16} {'seconds':>8} "
         f"{'rows':>10} {'rejected':>9} {'MB':>8} {'USD':>9}"

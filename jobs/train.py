@@ -32,7 +32,7 @@ def mix(experiment: Experiment) -> None:
     lineage = Lineage(experiment)
     artifact = lineage.mixture
     if artifact.made:
-        print(f"train: {artifact.path} is there already")
+        print(f"train: {artifact} is there already")
         return
 
     from llkd_ray.artifacts import make
@@ -40,7 +40,7 @@ def mix(experiment: Experiment) -> None:
 
     with make(artifact) as draft:
         draft.rows, draft.details = mix(lineage, draft.folder)
-    print(f"train: wrote {artifact.path}: {_with_lessons(artifact)}")
+    print(f"train: wrote {artifact}: {_with_lessons(artifact)}")
 
 
 def _with_lessons(mixture: "Artifact") -> str:
@@ -62,7 +62,7 @@ def train_one(experiment: Experiment, rule: str) -> None:
     lineage.labelled.require()
     artifact = lineage.student(rule)
     if artifact.made:
-        print(f"train: {artifact.path} is there already")
+        print(f"train: {artifact} is there already")
         return
 
     from llkd_ray.artifacts import make
@@ -91,7 +91,7 @@ def train_one(experiment: Experiment, rule: str) -> None:
         else f", validation macro-F1 {details['validation_macro_f1']:.3f}"
     )
     print(
-        f"train: wrote {artifact.path}: rule {rule}, {details['rows_used_fraction']:.0%} of "
+        f"train: wrote {artifact}: rule {rule}, {details['rows_used_fraction']:.0%} of "
         f"row-steps in {details['steps']} steps, epoch {details['best_epoch']} is best{scores}"
     )
 
@@ -103,7 +103,7 @@ def export(experiment: Experiment, source: StudentSource) -> None:
     lineage = Lineage(experiment)
     artifact = lineage.onnx(source)
     if artifact.made:
-        print(f"{artifact.job}: {artifact.path} is there already")
+        print(f"{artifact.job}: {artifact} is there already")
         return
 
     from llkd_ray.artifacts import make
@@ -119,7 +119,7 @@ def export(experiment: Experiment, source: StudentSource) -> None:
             max_length=experiment.student.max_length,
         )
         draft.rows, draft.details = exported.rows, exported.details
-    print(f"{artifact.job}: wrote {artifact.path}: {exported.summary}")
+    print(f"{artifact.job}: wrote {artifact}: {exported.summary}")
 
 
 if __name__ == "__main__":

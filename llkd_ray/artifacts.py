@@ -4,6 +4,9 @@ An artifact's folder is `runs/NAME/NOUN-FINGERPRINT`. The fingerprint covers eve
 input that decides the content, so a changed setting makes a new folder beside the old one, and a
 folder that exists is still true. While it is made it is called `NOUN-FINGERPRINT.making`; the last
 act is to write the manifest and rename. A stage that can resume finds its unfinished folder again.
+
+For a run in an object store the folder is this node's mirror of it, the store decides what is made,
+and the commit is the manifest, put there after everything else (see storage.py).
 """
 
 import contextlib
@@ -24,6 +27,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from llkd_ray import storage
 from llkd_ray.errors import ArtifactError
 
 _VERSIONED = (
@@ -105,36 +109,57 @@ class Artifact:
         """The folder while being made."""
         return self.run / f"{self.noun}-{self.fingerprint}.making"
 
+    def __str__(self) -> str:
+        return storage.address(self.path)
+
     @property
     def made(self) -> bool:
-        """Whether it is whole."""
-        return (self.path / MANIFEST).is_file()
+        """Whether it is whole; in a store, whatever this node's mirror holds.
+
+        One that was whole here when its upload was cut off is uploaded now.
+        """
+        if storage.in_store(self.making) and (self.making / MANIFEST).is_file():
+            # Its maker is at it, where the lock is held.
+            with contextlib.suppress(ArtifactError), _only_maker(self):
+                if self.making.is_dir():
+                    _publish(self)
+        return storage.exists(self.path / MANIFEST)
 
     def manifest(self) -> Manifest:
         """Read the manifest of a made artifact."""
-        return Manifest.model_validate_json((self.path / MANIFEST).read_text(encoding="utf-8"))
+        return Manifest.model_validate_json(storage.read(self.path / MANIFEST))
 
     def require(self) -> "Artifact":
-        """Return self if made.
+        """Return self if made, and bring its folder to this node.
 
         Raises:
             ArtifactError: It is not; the sentence names the job to run and, where other settings
                 made such an artifact in this run, both fingerprints.
         """
         if self.made:
+            self._bring()
             return self
         others = sorted(
-            path.name.removeprefix(f"{self.noun}-")
-            for path in self.run.glob(f"{self.noun}-*")
-            if (path / MANIFEST).is_file()
+            name.removeprefix(f"{self.noun}-")
+            for name in storage.names(self.run)
+            if name.startswith(f"{self.noun}-") and storage.exists(self.run / name / MANIFEST)
         )
         made_otherwise = (
             f" (there is {', '.join(others)}, made from other settings)" if others else ""
         )
         raise ArtifactError(
-            f"{self.run}: this experiment's {self.noun} {self.fingerprint} is not there"
-            f"{made_otherwise}; run python jobs/{self.job}.py with this experiment first"
+            f"{storage.address(self.run)}: this experiment's {self.noun} {self.fingerprint} is not "
+            f"there{made_otherwise}; run python jobs/{self.job}.py with this experiment first"
         )
+
+    def _bring(self) -> None:
+        if not storage.in_store(self.path):
+            return
+        manifest = self.path / MANIFEST
+        if manifest.is_file() and manifest.read_bytes() != storage.read(manifest):
+            # It was removed from the store and made again.
+            shutil.rmtree(self.path)
+        storage.here(self.path)
 
 
 @dataclass
@@ -162,8 +187,8 @@ def make(artifact: Artifact, *, resume: bool = False) -> Iterator[Draft]:
     started = time.perf_counter()
     artifact.run.mkdir(parents=True, exist_ok=True)
     with _only_maker(artifact):
-        if artifact.making.exists() and not resume:
-            shutil.rmtree(artifact.making)
+        if not resume:
+            storage.remove(artifact.making)
         artifact.making.mkdir(exist_ok=True)
         draft = Draft(artifact, artifact.making)
         yield draft
@@ -183,7 +208,25 @@ def make(artifact: Artifact, *, resume: bool = False) -> Iterator[Draft]:
             details=draft.details,
         )
         write_text(draft.folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+        _publish(artifact)
+
+
+def _publish(artifact: Artifact) -> None:
+    """Give a finished folder its name."""
+    if not storage.in_store(artifact.path):
         os.replace(artifact.making, artifact.path)
+        return
+    if storage.exists(artifact.path / MANIFEST):
+        # Somebody on another node was first. The same settings and inputs made both.
+        storage.remove(artifact.making)
+        return
+    storage.commit(artifact.making, artifact.path, last=MANIFEST)
+    if artifact.path.exists():
+        # A mirror keeps what the store has lost.
+        shutil.rmtree(artifact.path)
+    os.replace(artifact.making, artifact.path)
+    # What other nodes left there for this one.
+    storage.remove(artifact.making)
 
 
 def make_once(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -223,6 +266,15 @@ def being_made(folder: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def hand_over(path: Path) -> None:
+    """Leave what was written into an unfinished folder to its maker, if that is on another node."""
+    if not storage.in_store(path):
+        return
+    making = storage.entry_of(path)
+    if not being_made(making.with_suffix("")):
+        storage.put(path)
 
 
 def _lock_of(folder: Path) -> Path:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from llkd_ray import storage
 from llkd_ray.config import Experiment, as_tree, load_experiment
 from llkd_ray.errors import LLKDError
 from llkd_ray.journal import recorded
@@ -52,8 +53,9 @@ def run_job(
             if dry_run is not None:
                 dry_run(experiment)
         else:
-            run = Path(experiment.runs).expanduser() / experiment.name
+            run = storage.folder_of(experiment.runs, experiment.cache) / experiment.name
             with recorded(run, Path(sys.argv[0]).stem, arguments.overrides):
+                storage.check(run)
                 job(experiment)
 
     return answer(arguments, act)

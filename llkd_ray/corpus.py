@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llkd_ray import embedded, schema, sources
+from llkd_ray import embedded, schema, sources, storage
 from llkd_ray.artifacts import Rows
 from llkd_ray.config import CorpusSection, Example, TaskSection
 from llkd_ray.errors import CorpusError, TooManyRejectedError
@@ -176,7 +176,7 @@ def _shown(task: TaskSection) -> set[str]:
 
 def read_shards(folder: Path) -> list[Path]:
     """Return the shards of a split in order; none when the split is empty."""
-    return sorted(folder.glob("shard-*.parquet"))
+    return sorted(storage.here(folder).glob("shard-*.parquet"))
 
 
 def _split(id_: str, gold: str | None, config: CorpusSection) -> str:

@@ -25,6 +25,10 @@ class ArtifactError(LLKDError):
     """An input artifact is missing, or another experiment made it."""
 
 
+class StorageError(LLKDError):
+    """The store of a run cannot be used: no such bucket, no right to write, nobody answers."""
+
+
 class TeacherError(LLKDError):
     """The teacher cannot answer: no such model, labels its tokenizer cannot tell apart."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from llkd_ray import embedded, sources
+from llkd_ray import embedded, sources, storage
 from llkd_ray.artifacts import Artifact, fingerprint
 from llkd_ray.config import (
     Experiment,
@@ -33,7 +33,7 @@ class Lineage:
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
-        self.run = Path(experiment.runs).expanduser() / experiment.name
+        self.run = storage.folder_of(experiment.runs, experiment.cache) / experiment.name
 
     @cached_property
     def corpus(self) -> Artifact:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llkd_ray import storage
 from llkd_ray.artifacts import MANIFEST, Artifact, Manifest, being_made
 from llkd_ray.compare.variants import variants_of
 from llkd_ray.errors import ArtifactError
@@ -16,6 +17,8 @@ from llkd_ray.lineage import Lineage
 State = Literal["made", "being made", "unfinished", "not made"]
 
 _FOLDER = re.compile(r"[a-z]+-[0-9a-f]{12}(?P<unfinished>\.making)?(\.removed)?")
+# What was written to a store so lately may be written to still.
+_AT_WORK_S = 3600
 
 
 @dataclass(frozen=True)
@@ -67,21 +70,26 @@ def leftovers(lineage: Lineage) -> list[Leftover]:
     Raises:
         ArtifactError: Such a thing is being made now, of others that it may need.
     """
-    if not lineage.run.is_dir():
-        return []
     named = _named(lineage)
     found = []
-    for path in lineage.run.iterdir():
-        match = _FOLDER.fullmatch(path.name)
-        if match is None or path in named or not path.is_dir():
+    for name in storage.names(lineage.run):
+        path = lineage.run / name
+        match = _FOLDER.fullmatch(name)
+        if match is None or path in named or not _is_there(path):
             continue
-        if match["unfinished"] and being_made(path.with_suffix("")):
+        leftover = Leftover(path, _size_bytes(path), time.time() - _written(path))
+        if match["unfinished"] and (being_made(path.with_suffix("")) or _perhaps(leftover)):
             raise ArtifactError(
-                f"{path}: a job with other settings is at work here, and needs what was made with "
-                "them; wait for it, or stop it"
+                f"{storage.address(path)}: a job with other settings is at work here, and needs "
+                "what was made with them; wait for it, or stop it"
             )
-        found.append(Leftover(path, _size_bytes(path), time.time() - _written(path)))
+        found.append(leftover)
     return sorted(found, key=lambda leftover: -leftover.age_s)
+
+
+def _perhaps(leftover: Leftover) -> bool:
+    """Return whether a job of another node may be at work in a store, where no lock tells."""
+    return storage.in_store(leftover.path) and leftover.age_s < _AT_WORK_S
 
 
 def _named(lineage: Lineage) -> set[Path]:
@@ -98,6 +106,10 @@ def _named(lineage: Lineage) -> set[Path]:
 def remove(leftover: Leftover) -> None:
     """Delete a leftover; killed on the way, it is no artifact any more and goes next time."""
     gone = leftover.path
+    if storage.in_store(gone):
+        storage.remove(gone / MANIFEST)
+        storage.remove(gone)
+        return
     if gone.suffix != ".removed":
         gone = gone.with_name(f"{gone.name}.removed")
         leftover.path.rename(gone)
@@ -107,15 +119,21 @@ def remove(leftover: Leftover) -> None:
 def _standing(artifact: Artifact) -> Standing:
     if artifact.made:
         return Standing(artifact, "made", artifact.manifest(), _size_bytes(artifact.path))
-    if not artifact.making.is_dir():
+    if not _is_there(artifact.making):
         return Standing(artifact, "not made", None, 0)
     state: State = "being made" if being_made(artifact.path) else "unfinished"
     return Standing(artifact, state, None, _size_bytes(artifact.making))
 
 
+def _is_there(folder: Path) -> bool:
+    return folder.is_dir() or bool(storage.files(folder))
+
+
 def _size_bytes(folder: Path) -> int:
     """Add up the files; those that vanish meanwhile do not count."""
-    total = 0
+    total = sum(file.size_bytes for file in storage.files(folder))
+    if total:
+        return total
     for path in folder.rglob("*"):
         try:
             total += path.stat().st_size if path.is_file() else 0
@@ -126,5 +144,8 @@ def _size_bytes(folder: Path) -> int:
 
 def _written(folder: Path) -> float:
     """Return when a folder was last written to, in seconds since 1970."""
+    stored = {file.name: file.written for file in storage.files(folder)}
+    if stored:
+        return stored.get(MANIFEST) or max(stored.values())
     manifest = folder / MANIFEST
     return (manifest if manifest.is_file() else folder).stat().st_mtime

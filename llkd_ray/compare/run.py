@@ -72,7 +72,6 @@ def compare(lineage: Lineage, out: Path) -> Compared:
         for variant in variants
         for seed in experiment.compare.seeds
     }
-    (lineage.run / _TRIALS).mkdir(exist_ok=True)
     works = {variant.name: _work(variant, out) for variant in variants}
     for name, seed, trial in _trials(experiment, variants, works, test, files):
         last = trial.predicted[-1]

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from llkd_ray import storage
 from llkd_ray.artifacts import write_text
 from llkd_ray.corpus import read_shards
 from llkd_ray.errors import ArtifactError
@@ -77,19 +78,22 @@ def run_trial(work: Work, test: Path, out: Path) -> None:
 
     device = torch.device("cuda" if work.train.use_gpu and torch.cuda.is_available() else "cpu")
     audit = train_worker(Context(0, 1, device, report=None, restored=None, look=look), work).audit
+    out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(out.with_suffix(".npz"), predicted=np.stack(predicted))
+    storage.put(out.with_suffix(".npz"))
     seconds = round(time.perf_counter() - started, 3)
     tree = {"epochs": epochs, "audit": list(audit), "seconds": seconds}
     write_text(out.with_suffix(".json"), json.dumps(tree, ensure_ascii=False))
+    storage.put(out.with_suffix(".json"))
 
 
 def read_trial(out: Path) -> Trial | None:
     """Read what `run_trial` wrote, None if it has not come to its end."""
-    file = out.with_suffix(".json")
+    file = storage.here(out.with_suffix(".json"))
     if not file.is_file():
         return None
     tree = json.loads(file.read_text(encoding="utf-8"))
-    with np.load(out.with_suffix(".npz"), allow_pickle=False) as arrays:
+    with np.load(storage.here(out.with_suffix(".npz")), allow_pickle=False) as arrays:
         return Trial(**tree, predicted=arrays["predicted"].astype(np.int64))
 
 

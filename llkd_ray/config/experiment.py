@@ -16,7 +16,7 @@ from llkd_ray.config.cascade import CascadeSection
 from llkd_ray.config.compare import CompareSection
 from llkd_ray.config.endpoint import BenchSection, RaySection, ServeSection
 from llkd_ray.config.guide import GuideSection
-from llkd_ray.config.section import Name, Section, Text
+from llkd_ray.config.section import Name, PlainLocation, Section, Text
 from llkd_ray.config.selection import RULES, LLKDRule, SelectionSection
 from llkd_ray.config.student import (
     EncoderStudent,
@@ -55,10 +55,13 @@ class Experiment(Section):
 
     name: Name
     """The run: its artifacts stand in `runs/NAME`."""
-    runs: Text = "runs"
-    """Folder or URI of all runs."""
+    runs: PlainLocation = "runs"
+    """Folder of all runs: local, shared by all nodes, or the URI of one in an object store, e.g.
+    s3://BUCKET/runs; endpoint and credentials of a store come from the environment, on every node:
+    AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY."""
     cache: Text = "~/.cache/llkd_ray"
-    """Folder for converted models."""
+    """Folder for converted models and for what is fetched from a store: each node's own, at the
+    same path on all."""
     seed: NonNegativeInt = 0
     task: TaskSection
     corpus: CorpusSection

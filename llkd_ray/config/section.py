@@ -1,14 +1,44 @@
 """What every section of the experiment is made of."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+# A secret may hold slashes, so the whole URI is looked at; an account alone is no secret, but for
+# s3, where it is a key.
+_CREDENTIALS = re.compile(r"([a-z][a-z0-9+.-]*://[^@]*:|s3://)[^@]*@")
+
+
+def _without_credentials(uri: str) -> str:
+    if _CREDENTIALS.match(uri):
+        raise ValueError(
+            "this URI names credentials, which every manifest and log would show: take what stands "
+            "before the @ out of it, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or what "
+            "your store asks for) in the environment"
+        )
+    return uri
+
+
+def _plain(uri: str) -> str:
+    if "://" in uri and ("?" in uri or "#" in uri):
+        raise ValueError(
+            "this URI has options: take what stands after the ? or # out of it, and set "
+            "AWS_ENDPOINT_URL and AWS_REGION (or what your store asks for) in the environment"
+        )
+    return uri
+
+
+Location = Annotated[Text, AfterValidator(_without_credentials)]
+"""A folder, file or URI."""
+PlainLocation = Annotated[Location, AfterValidator(_plain)]
+"""A folder, or a URI that only says where."""
 
 
 class Section(BaseModel):

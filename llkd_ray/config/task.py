@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt, model_validator
 
-from llkd_ray.config.section import Fraction, Section, Text
+from llkd_ray.config.section import Fraction, Location, Section, Text
 
 
 class Label(Section):
@@ -40,7 +40,7 @@ class TaskSection(Section):
     """The classes, in the order of every probability vector."""
     examples: tuple[Example, ...] = ()
     """Few-shot examples, in the order in which the teacher reads them."""
-    examples_source: str | None = None
+    examples_source: Location | None = None
     """More gold rows that the teacher may be shown: as corpus.source, with the same columns. They
     are left out of the corpus."""
     max_examples: PositiveInt = 1000
@@ -79,7 +79,7 @@ class TaskSection(Section):
 class CorpusSection(Section):
     """Where the texts come from and how they are split."""
 
-    source: Text
+    source: Location
     """`trec` (built in), or a Parquet, CSV or JSONL file, folder or URI."""
     text_column: Text = "text"
     gold_column: Text | None = None

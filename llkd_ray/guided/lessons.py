@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llkd_ray import schema
+from llkd_ray import schema, storage
 from llkd_ray.artifacts import Rows, write_text
 from llkd_ray.config import Experiment, HTTPTeacher, VLLMTeacher
 from llkd_ray.errors import ConfigError
@@ -59,6 +59,7 @@ def write_lessons(
     task, guide = experiment.task, experiment.guide
     opening = opening_of(experiment, read_seed(sources.seed, [TRAIN], task.label_names))
     of = Round(number, experiment.seed)
+    storage.here(folder)
     if not (folder / PROMPTS).is_file():
         _write_prompts(sources, experiment, opening, of, folder)
     written = write(
@@ -147,6 +148,7 @@ def _write_prompts(
     beside = folder / f".{PROMPTS}"
     pq.write_table(pa.Table.from_pylist(prompts, schema.PROMPTS), beside)
     beside.replace(folder / PROMPTS)
+    storage.put(folder)
 
 
 def _measure(opening: Opening, max_tokens: int) -> tuple[Callable[[str], int], int]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from llkd_ray import storage
 from llkd_ray.artifacts import Artifact, Rows, make, write_text
 from llkd_ray.config import rule_named
 from llkd_ray.guided.asking import report_of
@@ -59,7 +60,7 @@ def guide(lineage: Lineage, out: Path) -> tuple[Rows, dict[str, Any]]:
         make_lessons(lineage, len(rounds))
         rounds.append(make_round(lineage, len(rounds)))
     best = best_of(rounds)
-    student = lineage.round(best)
+    student = lineage.round(best).require()
     shutil.copytree(student.path / train.MODEL, out / train.MODEL, dirs_exist_ok=True)
     for name in (train.AUDIT, train.EPOCHS):
         shutil.copyfile(student.path / name, out / name)
@@ -127,6 +128,7 @@ def make_round(lineage: Lineage, number: int) -> dict[str, Any]:
         with make(artifact, resume=True) as draft:
             shutil.rmtree(draft.folder / _LABELS, ignore_errors=True)
             counts = lay_out(_parts(lineage, number), draft.folder / _LABELS / TRAIN)
+            storage.put(draft.folder / _LABELS)
             trained = train.train(
                 draft.folder / _LABELS,
                 draft.folder,
@@ -144,7 +146,7 @@ def make_round(lineage: Lineage, number: int) -> dict[str, Any]:
             found, _ = report_of(draft.folder / train.MODEL, lineage.seed.path, experiment)
             write_text(draft.folder / REPORT, json.dumps(asdict(found), indent=2) + "\n")
             draft.rows, draft.details = trained.rows, trained.details
-    made = artifact.manifest()
+    made = artifact.require().manifest()
     report = _report(lineage, artifact.path)
     row = {
         "round": number,

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy
 
-from llkd_ray import schema
+from llkd_ray import schema, storage
 from llkd_ray.config import SamplingSection
 from llkd_ray.errors import TeacherError
 from llkd_ray.guided.prompt import decoding, text_in
@@ -71,6 +71,7 @@ def write(
     left = [at for at, id_ in enumerate(ids) if not _part(folder, id_).is_file()]
     if left:
         _ask([prompts.slice(at, 1) for at in left], folder.resolve(), opening, sampling, of)
+        storage.here(folder)
     columns = schema.written(len(opening.task.labels))
     return pa.concat_tables([pq.read_table(_part(folder, id_), schema=columns) for id_ in ids])
 
@@ -179,10 +180,12 @@ class Writer:
 
     def _keep(self, prompt_id: str, rows: list[dict[str, Any]]) -> None:
         path = _part(self._folder, prompt_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         columns = schema.written(len(self._task.labels))
         pq.write_table(pa.Table.from_pylist(rows, columns), beside)
         os.replace(beside, path)
+        storage.put(path)
 
 
 def _part(folder: Path, prompt_id: str) -> Path:

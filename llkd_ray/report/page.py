@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from llkd_ray import storage
 from llkd_ray.artifacts import write_text
 from llkd_ray.config import ServeSection, as_tree
 from llkd_ray.lineage import Lineage
@@ -68,14 +69,16 @@ def write_report(lineage: Lineage) -> Summary:
     summary = summarise(run)
     drawn = draw(run)
     folder = lineage.run / "plots"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, plot in drawn.items():
         _write_bytes(folder / f"{name}.png", to_png(plot.figure))
     for file in folder.glob("*.png"):
         if file.stem not in drawn:
-            file.unlink()
+            storage.remove(file)
     write_text(lineage.run / "report.html", render(run, summary, drawn))
     write_text(lineage.run / "summary.json", summary.model_dump_json(indent=2) + "\n")
+    for name in ("plots", "report.html", "summary.json"):
+        storage.put(lineage.run / name)
     return summary
 
 

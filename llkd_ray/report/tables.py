@@ -149,7 +149,7 @@ def read_run(lineage: Lineage) -> RunTables:
                 epochs=pq.read_table(artifact.path / "epochs.parquet"),
             )
             for rule, artifact in lineage.students.items()
-            if artifact.made
+            if artifact.made and artifact.require()
         },
         scores=_scores(lineage) if lineage.scores.made else None,
         cascade=_cascade(lineage.cascade) if lineage.cascade.made else None,
@@ -191,7 +191,7 @@ def _rejected(corpus: Artifact) -> dict[str, int]:
 
 
 def _labels(lineage: Lineage) -> LabelTables:
-    details = lineage.labels.manifest().details
+    details = lineage.labels.require().manifest().details
     rejected = Counter[str]()
     for split in details["splits"].values():
         rejected.update(split["reasons"])
@@ -258,7 +258,7 @@ def _classes(lineage: Lineage) -> list[ClassCount]:
 
 
 def _scores(lineage: Lineage) -> ScoreTables:
-    folder = lineage.scores.path
+    folder = lineage.scores.require().path
     return ScoreTables(
         models=_SCORES.validate_json((folder / "scores.json").read_bytes()),
         mistakes=_mistakes(lineage),
@@ -292,14 +292,16 @@ def _mistakes(lineage: Lineage) -> list[Mistake]:
 
 
 def _cascade(cascade: Artifact) -> CascadeTables:
+    folder = cascade.require().path
     return CascadeTables(
-        summary=CascadeSummary.model_validate_json((cascade.path / "cascade.json").read_bytes()),
-        curve=pq.read_table(cascade.path / "curve.parquet"),
+        summary=CascadeSummary.model_validate_json((folder / "cascade.json").read_bytes()),
+        curve=pq.read_table(folder / "curve.parquet"),
     )
 
 
 def _bench(bench: Artifact) -> BenchTables:
+    folder = bench.require().path
     return BenchTables(
-        summary=BenchSummary.model_validate_json((bench.path / "bench.json").read_bytes()),
+        summary=BenchSummary.model_validate_json((folder / "bench.json").read_bytes()),
         machine=dict(bench.manifest().details.get("machine", {})),
     )

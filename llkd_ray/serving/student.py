@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from llkd_ray import storage
 from llkd_ray.config import ServeSection
 from llkd_ray.errors import StudentError
 from llkd_ray.serving.batching import Batcher, Call, Pace
@@ -100,6 +101,7 @@ class StudentClassifier:
         )
 
     def _load(self, folder: Path, max_length: int, serve: ServeSection) -> Pace:
+        storage.here(folder)
         file = onnx_file(folder, serve.backend)
         if file is not None:
             self._network = onnx_network(file, serve.threads)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llkd_ray import schema
+from llkd_ray import schema, storage
 from llkd_ray.selection import NONE, AllReduce, Bools, Floats, Selection, Signals
 from llkd_ray.student.batches import Rows
 
@@ -113,6 +113,7 @@ def write_signals(path: Path, rows: Rows, signals: Signals, selection: Selection
     beside = path.with_name(f".{path.name}")
     pq.write_table(table, beside)
     beside.replace(path)
+    storage.put(path)
 
 
 def _class_row(of: dict[str, float], *, asked: bool) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import numpy as np
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from llkd_ray import storage
 from llkd_ray.artifacts import write_text
 from llkd_ray.selection import Bools, Floats, Ints, Probabilities, SelectionState
 from llkd_ray.student.batches import Rows
@@ -183,7 +184,7 @@ def write_progress(folder: Path, progress: Progress) -> None:
 
 def read_progress(folder: Path) -> Progress:
     """Read what `write_progress` wrote."""
-    tree = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
+    tree = json.loads(storage.read(folder / _PROGRESS))
     return Progress(
         **{
             **tree,

@@ -29,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from llkd_ray import storage
 from llkd_ray.config import TrainSection
 from llkd_ray.errors import ClusterError, LLKDError
 from llkd_ray.student.loop import train_worker
@@ -61,6 +62,7 @@ def fit(work: Work, out: Path) -> tuple[Path, Path]:
     # With the driver, as Ray Train's controller: no other node's loss takes them away.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    filesystem, storage_path = storage.filesystem_of(out)
     trainer = TorchTrainer(
         _train_on_ray,
         train_loop_config={
@@ -74,7 +76,8 @@ def fit(work: Work, out: Path) -> tuple[Path, Path]:
         ),
         run_config=RunConfig(
             name=RUN,
-            storage_path=str(out.resolve()),
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(
                 max_failures=section.max_failures, controller_failure_limit=_START_TRIES
             ),
@@ -106,7 +109,9 @@ def fit(work: Work, out: Path) -> tuple[Path, Path]:
     best = result.get_best_checkpoint(SCORE, "max") if scored else result.checkpoint
     assert best is not None
     assert result.checkpoint is not None
-    return Path(result.checkpoint.path), Path(best.path)
+    # Where both are in a store, these are the paths of this node's mirror.
+    last_name, best_name = (Path(checkpoint.path).name for checkpoint in (result.checkpoint, best))
+    return out / RUN / last_name, out / RUN / best_name
 
 
 def _train_on_ray(config: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from llkd_ray import embedded
+from llkd_ray import embedded, storage
 from llkd_ray.config import EncoderStudent, StaticStudent, StudentSection
 from llkd_ray.errors import StudentError
 from llkd_ray.student.architectures import MeanPooledClassifier, MeanPooledConfig, StaticClassifier
@@ -38,7 +38,7 @@ def locate(model: str) -> Path:
     elif is_on_hub(model):
         folder = from_hub("student.model", model)
     else:
-        folder = Path(model).expanduser().resolve()
+        folder = storage.here(Path(model).expanduser().resolve())
     if not (folder / "config.json").is_file():
         known = ", ".join(embedded.STUDENTS)
         raise StudentError(

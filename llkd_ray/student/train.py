@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from llkd_ray import embedded, schema
+from llkd_ray import embedded, schema, storage
 from llkd_ray.artifacts import Rows
 from llkd_ray.config import Rule, StaticStudent, StudentSection, TrainSection
 from llkd_ray.corpus import read_shards
@@ -20,7 +20,7 @@ from llkd_ray.errors import ConfigError, StudentError
 from llkd_ray.student.checkpoint import STUDENT, Progress, read_progress
 from llkd_ray.student.engine import read_expert_settings
 from llkd_ray.student.export import Card, export
-from llkd_ray.student.fit import RUN, fit
+from llkd_ray.student.fit import RUN, SIGNALS, fit
 from llkd_ray.student.model import check_student
 from llkd_ray.student.static import distilled
 from llkd_ray.student.stopping import criterion
@@ -153,8 +153,9 @@ def train(
     )
     export(best / STUDENT, out / MODEL, card)
     set_temperature(out / MODEL, temperature)
-    shutil.rmtree(out / RUN)
-    shutil.rmtree(out / UNTRAINED, ignore_errors=True)
+    storage.here(out / SIGNALS)
+    storage.remove(out / RUN)
+    storage.remove(out / UNTRAINED)
     trained_on = progress.epochs[-1]["rows"]
     assert trained_on == num_rows or section.stopping.held_out_fraction, "rows got lost"
     seconds = round(time.perf_counter() - started, 3)
@@ -175,6 +176,7 @@ def found_from_anywhere(student: StudentSection, cache: str, shared: Path) -> St
     if isinstance(student, StaticStudent):
         vectors = distilled(student, cache)
         folder = shutil.copytree(vectors, shared / vectors.name, dirs_exist_ok=True)
+        storage.put(folder)
     elif student.model in embedded.STUDENTS or is_on_hub(student.model):
         return student  # Every machine has it, or brings it for itself.
     else:

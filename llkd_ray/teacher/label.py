@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llkd_ray import metrics, schema
+from llkd_ray import metrics, schema, storage
+from llkd_ray.artifacts import hand_over
 from llkd_ray.config import CalibrationSection
 from llkd_ray.errors import TeacherError
 from llkd_ray.teacher import usable
@@ -122,8 +123,6 @@ def label(
     stacking = (
         _stack(calibration, fitted["batch"], known) if calibration.kind == "stacked" else None
     )
-    for split in tallies:
-        (folder / split).mkdir()
     write = functools.partial(
         _write,
         fitted=fitted,
@@ -134,6 +133,7 @@ def label(
     judged: dict[str, list[_Judged]] = {split: [] for split in tallies}
     for shard, of_shard in zip(shards, each(write, shards), strict=True):
         judged[shard.split].append(of_shard)
+    storage.here(folder)
     splits = {split: tally.rows() for split, tally in tallies.items()}
     for split, counted in splits.items():
         assert sum(part.rows for part in judged[split]) == counted.kept, f"{split}: rows got lost"
@@ -311,7 +311,9 @@ def _write(
         ],
         schema=columns,
     )
+    shard.labels.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, shard.labels)
+    hand_over(shard.labels)
     gold = _positions(texts.column("gold"), label_names)
     known = gold >= 0
     return _Judged(

@@ -7,7 +7,8 @@ the rows it has in hand. While rows are being answered, each batch is at once wr
 into a folder named the same way; `compact` makes such a folder one file.
 
 Nothing is ever changed in place: a part is written beside and renamed, and what a crash leaves
-twice is the same answer twice.
+twice is the same answer twice. In an object store each part is put there before anything else is
+told, and what is in the store is the ledger; its mirror on a node only saves reading a part twice.
 """
 
 import contextlib
@@ -15,7 +16,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llkd_ray import schema
+from llkd_ray import schema, storage
 from llkd_ray.artifacts import write_text
 from llkd_ray.errors import ArtifactError
 
@@ -51,12 +51,16 @@ class Ledger:
     def open(self, identity: Mapping[str, Any]) -> None:
         """Make the folder if need be, and write down what its answers depend on."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / _IDENTITY).is_file():
+        if not storage.exists(self.folder / _IDENTITY):
             write_text(self.folder / _IDENTITY, json.dumps(identity, indent=2) + "\n")
+            storage.put(self.folder / _IDENTITY)
 
     @contextlib.contextmanager
     def only_writer(self) -> Iterator[None]:
         """Hold the ledger's lock; the kernel lets go of it however the process ends.
+
+        In an object store, it keeps off the jobs of this node; those of others would ask about the
+        same rows.
 
         Raises:
             ArtifactError: Another job is writing into it.
@@ -81,7 +85,7 @@ class Ledger:
             entries: Rows with the ledger's columns.
         """
         folder = self.folder / parts
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self._write(folder, entries.select(self.columns.names).cast(self.columns))
 
     def find(self, row_ids: pa.Array) -> pa.Table:
@@ -93,7 +97,7 @@ class Ledger:
         Args:
             row_ids: Sorted, distinct ids [N].
         """
-        if len(row_ids) == 0 or not self.folder.is_dir():
+        if len(row_ids) == 0:
             return self.columns.empty_table()
         first, last = row_ids[0].as_py(), row_ids[-1].as_py()
         while True:
@@ -108,6 +112,7 @@ class Ledger:
 
     def _best(self, row_ids: pa.Array, paths: list[Path]) -> pa.Table:
         found = []
+        storage.fetch(paths)
         for path in paths:
             ids = pq.read_table(path, columns=["row_id"]).column("row_id")
             wanted = pc.is_in(ids, value_set=row_ids)
@@ -124,15 +129,19 @@ class Ledger:
 
     def open_folders(self) -> list[str]:
         """Name the folders that still hold parts."""
-        return sorted(path.name for path in self.folder.iterdir() if path.is_dir())
+        return sorted(path.name for path in _folders(self.folder))
 
     def compact(self, parts: str) -> None:
         """Make a folder of parts one sorted file."""
         folder = self.folder / parts
-        tables = [pq.read_table(part, schema=self.columns) for part in _files(folder)]
+        files = _files(folder)
+        storage.fetch(files)
+        tables = [pq.read_table(part, schema=self.columns) for part in files]
         if tables:
             self._write(self.folder, pa.concat_tables(tables))
-        shutil.rmtree(folder)
+        # In a store, another node's job may have written a part meanwhile.
+        if _files(folder) == files:
+            storage.remove(folder)
 
     def _write(self, folder: Path, entries: pa.Table) -> None:
         entries = entries.sort_by([("row_id", "ascending"), ("attempt", "ascending")])
@@ -144,15 +153,18 @@ class Ledger:
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         pq.write_table(entries, beside)
         os.replace(beside, path)
+        storage.put(path)
 
     def _overlapping(self, first: str, last: str) -> list[Path]:
         """List the files with ids between two ids.
 
         Parts come before whole files: what is compacted in between is then seen twice, not never.
         """
-        folders = [path for path in self.folder.iterdir() if path.is_dir()]
         parts = [
-            part for path in folders if _overlaps(path.name, first, last) for part in _files(path)
+            part
+            for path in _folders(self.folder)
+            if _overlaps(path.name, first, last)
+            for part in _files(path)
         ]
         return [
             path for path in (*parts, *_files(self.folder)) if _overlaps(path.name, first, last)
@@ -164,16 +176,17 @@ def range_name(first: str, last: str) -> str:
     return f"{first[:_DIGITS]}-{last[:_DIGITS]}"
 
 
+def _folders(ledger: Path) -> list[Path]:
+    """List the folders of parts: what has no ending."""
+    return [ledger / name for name in storage.names(ledger) if "." not in name]
+
+
 def _files(folder: Path) -> list[Path]:
-    files: list[Path] = []
-    # A folder that is compacted right now is a file already.
-    with contextlib.suppress(FileNotFoundError):
-        files = sorted(folder.iterdir())
-    return [path for path in files if path.suffix == ".parquet" and not path.name.startswith(".")]
+    """List the files with entries; a folder that is compacted right now is a file already."""
+    names = sorted(storage.names(folder))
+    return [folder / name for name in names if name.endswith(".parquet") and name[0] != "."]
 
 
 def _overlaps(name: str, first: str, last: str) -> bool:
-    if name.startswith("."):
-        return False
     begins, ends, *_ = name.removesuffix(".parquet").split("-")
     return begins <= last[:_DIGITS] and ends >= first[:_DIGITS]

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy
 
-from llkd_ray import schema
+from llkd_ray import schema, storage
+from llkd_ray.artifacts import hand_over
 from llkd_ray.cluster import TASK_CPUS, each
 from llkd_ray.config import VLLMTeacher
 from llkd_ray.corpus import read_shards, row_id
@@ -53,7 +54,8 @@ class Shard:
 
     def row_ids(self) -> pa.Array:
         """Return the ids to label, sorted [N]."""
-        ids = pq.read_table(self.texts, columns=["row_id"]).column("row_id")
+        texts = storage.here(Path(self.texts))
+        ids = pq.read_table(texts, columns=["row_id"]).column("row_id")
         return ids.slice(0, self.take).combine_chunks()
 
 
@@ -120,8 +122,6 @@ def read_out(corpus: Path, folder: Path, opening: Opening, ledger: Ledger) -> An
     teacher = opening.teacher
     free = _write_content_free(folder)
     shards = plan(corpus, folder, teacher.splits, teacher.max_unlabeled_rows)
-    for shard in shards:
-        Path(shard.sealed).parent.mkdir(parents=True, exist_ok=True)
     taken = sum(shard.take for shard in shards)
     tally = Tally(opening, taken)
     with ledger.only_writer():
@@ -138,6 +138,7 @@ def read_out(corpus: Path, folder: Path, opening: Opening, ledger: Ledger) -> An
     counts = Counter[str]()
     for sealed in each(functools.partial(_seal, ledger=ledger), shards):
         counts.update(sealed)
+    storage.here(folder)
     rejected = _write_rejected(shards, folder / "rejected.parquet")
     if rejected.total() > teacher.max_rejected_fraction * taken:
         reasons = "; ".join(f"{reason} ({rows})" for reason, rows in rejected.most_common(3))
@@ -307,6 +308,7 @@ def _write_content_free(folder: Path) -> Shard:
         {"row_id": id_, "text": text} for id_, text in sorted((row_id(t), t) for t in CONTENT_FREE)
     ]
     pq.write_table(pa.Table.from_pylist(rows), texts)
+    storage.put(texts)
     return Shard(str(texts), str(folder / CONTENT_FREE_FILE), len(rows))
 
 
@@ -318,8 +320,10 @@ def _seal(shard: Shard, ledger: Ledger) -> Counter[str]:
     assert ids.equals(asked), f"{shard.texts}: {len(asked)} rows, {len(ids)} of them answered"
     answers = entries.select(schema.readouts(ledger.num_classes).names)
     beside = Path(f"{shard.sealed}.making")
+    beside.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(answers, beside)
     beside.replace(shard.sealed)
+    hand_over(Path(shard.sealed))
     sealed = pq.read_table(shard.sealed)
     return Counter(
         prompt_tokens=pc.sum(sealed.column("prompt_tokens")).as_py(),

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from llkd_ray import schema
+from llkd_ray import schema, storage
 from llkd_ray.corpus import read_shards
 from llkd_ray.errors import TeacherError, TooManyRejectedError
 from llkd_ray.teacher.calibration import Floats, softmax
@@ -50,7 +50,7 @@ def shards_of(corpus: Path, readouts: Path, folder: Path) -> list[Shard]:
 
 def texts_of(shard: Shard, row_ids: pa.ChunkedArray) -> pa.Table:
     """Return the corpus's rows (schema.TEXT) with these ids, in their order."""
-    texts = pq.read_table(shard.corpus, columns=schema.TEXT.names)
+    texts = pq.read_table(storage.here(shard.corpus), columns=schema.TEXT.names)
     where = pc.index_in(row_ids, value_set=texts.column("row_id"))
     assert where.null_count == 0, f"{shard.readouts}: answers to rows that the corpus does not hold"
     return texts.take(where)
@@ -77,7 +77,7 @@ def read_answers(path: Path, min_label_mass: float) -> Answers:
         path: The file.
         min_label_mass: A row is usable from this label mass on.
     """
-    table = pq.read_table(path, columns=["row_id", "logprobs", "error"])
+    table = pq.read_table(storage.here(path), columns=["row_id", "logprobs", "error"])
     answered = pc.is_valid(table.column("logprobs")).to_numpy()
     logprobs = _matrix(table.column("logprobs").drop_null())
     # Compared as it is stored, so that the column shows why a row is where it is.
