@@ -54,9 +54,11 @@ def read_out(experiment: Experiment) -> None:
         kept = answered.taken - answered.rejected
         draft.rows = Rows(taken=answered.taken, kept=kept, rejected=answered.rejected)
         draft.details = {**asdict(answered), "model": lineage.asking["model"]}
+    # The first batch begins the measure, so one batch alone has no rate.
+    rate = f" at {answered.rows_per_s:.1f} rows/s" if answered.rows_per_s else ""
     print(
-        f"label: wrote {lineage.readouts}: asked about {answered.answered_now} rows at "
-        f"{answered.rows_per_s:.1f} rows/s, {answered.rejected} of {answered.taken} rejected"
+        f"label: wrote {lineage.readouts}: asked about {answered.answered_now} rows{rate}, "
+        f"{answered.rejected} of {answered.taken} rejected"
     )
 
 

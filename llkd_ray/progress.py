@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 _SECONDS_BETWEEN_LINES = 10.0
 _LINE = (
-    "{desc}: {n_fmt} of {total_fmt}{unit} ({percentage:.0f}%), {rate_fmt}, "
+    "{desc}: {n_fmt} of {total_fmt}{unit} ({percentage:.0f}%), {rate_noinv_fmt}, "
     "{elapsed} passed, {remaining} to go{postfix}"
 )
 
