@@ -94,6 +94,18 @@ class Outcome:
     seconds_to_recover: float
     seen: str
 
+    def __str__(self) -> str:
+        costs = [
+            f"{count} {what}"
+            for count, what in (
+                (self.rows_lost, "rows lost"),
+                (self.rows_doubled, "doubled"),
+                (self.requests_failed, "requests failed"),
+            )
+            if count is not None
+        ]
+        return f"{', '.join(costs)}, recovered after {self.seconds_to_recover} s; {self.seen}"
+
 
 class Scene:
     """A job on a cluster that something is going to happen to."""
@@ -509,7 +521,7 @@ def measure(names: Sequence[str]) -> dict[str, Any]:
                 continue
             try:
                 outcomes.append(ground.run(fault))
-                print(f"{title}: {outcomes[-1].seen}", flush=True)
+                print(f"{title}: {outcomes[-1]}", flush=True)
             except ClusterError as error:
                 failed.append(title)
                 print(f"{title}: {error}", flush=True)
