@@ -1,6 +1,7 @@
 """The one grammar of all jobs: EXPERIMENT.toml [section.key=value ...] [@FILE ...] [--dry-run]."""
 
 import argparse
+import errno
 import io
 import json
 import logging
@@ -104,6 +105,17 @@ def answer(arguments: argparse.Namespace, act: Callable[[Experiment], None]) -> 
         act(load_experiment(arguments.experiment, arguments.overrides))
     except LLKDError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        # Any write of any stage may be the one that there is no room for; none leaves a part that
+        # counts, so the remedy is the same for all. A Ray task's error holds the disk's as `cause`.
+        if getattr(error, "cause", error).errno != errno.ENOSPC:
+            raise
+        print(
+            "error: no space is left on the disk; make room (python jobs/clean.py lists what other "
+            "settings have left in the run) and run the same command again to go on",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

@@ -15,7 +15,6 @@ ledger was then seen to be given a second time; `relabelled_most` is the sum for
 
 import contextlib
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,22 +27,16 @@ import figures
 import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from hosts import lives
+from watched import Labelling
 
-from llkd_ray.config import VLLMTeacher, load_experiment
-from llkd_ray.corpus import read_shards
-from llkd_ray.lineage import Lineage
 from llkd_ray.teacher.answers import CONTENT_FREE
-
-JOBS = Path(__file__).parents[1]
-QUICKSTART = JOBS / "configs/quickstart.toml"
 
 _TITLES = {
     "engine": ("VLLM::EngineCore",),
     "actor": ("ray::MapWorker(MapBatches(TeacherActor))",),
     "cluster": ("raylet", "gcs_server"),
 }
-_TIMEOUT_S = 600.0
 _GRACE_S = 90.0
 # They take a minute to notice that their raylet was killed, and hold nothing that is missed.
 _RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
@@ -77,86 +70,30 @@ FULL = (
 )
 
 
-class Labelling:
-    """A labelling job in processes of its own, and its ledger as seen from outside."""
+class Killed(Labelling):
+    """A labelling on a private Ray, whose processes are children of the job."""
 
-    def __init__(self, folder: str, name: str, rows: int) -> None:
-        self._arguments = [
-            str(QUICKSTART),
-            f"runs={folder}",
-            f"name={name}",
-            'teacher.splits=["unlabeled"]',
-            f"teacher.max_unlabeled_rows={rows}",
-            "teacher.batch_size=8",
-            "corpus.shard_rows=200",
-        ]
-        experiment = load_experiment(QUICKSTART, self._arguments[1:])
-        teacher = experiment.teacher
-        assert isinstance(teacher, VLLMTeacher)
-        self.held_rows = teacher.batch_size * teacher.actors.batches_in_flight
-        self.rows = rows
-        self.answered = set[str]()
+    def __init__(self, folder: Path, name: str, rows: int) -> None:
+        super().__init__(folder, name, rows)
         self.started = set[psutil.Process]()
         """Every process of the job, ended ones too."""
-        self.answered_again = 0
-        """Rows that were written into the ledger when they stood there already."""
-        self._lineage = Lineage(experiment)
-        self._written: dict[Path, int] = {}
-        self._log = Path(folder) / f"{name}.log"
-        self._driver: subprocess.Popen[bytes] | None = None
-
-    def prepare(self) -> None:
-        """Make the corpus."""
-        with open(self._log, "ab") as log:
-            subprocess.run(self._command("prepare"), stdout=log, stderr=log, check=True)
-
-    def start(self) -> None:
-        """Begin the job, or begin it again."""
-        with open(self._log, "ab") as log:
-            self._driver = subprocess.Popen(self._command("label"), stdout=log, stderr=log)
-
-    def wait(self, until_answered: int | None = None) -> None:
-        """Watch the ledger.
-
-        Args:
-            until_answered: Rows that it is to hold, 0 for an engine that is loading; the job's end
-                when not given.
-        """
-        assert self._driver is not None
-        deadline = time.monotonic() + _TIMEOUT_S
-        while (status := self._driver.poll()) is None:
-            self.look()
-            self.started.update(self._processes())
-            if until_answered is not None and (
-                len(self.answered) >= until_answered if until_answered else self.processes("engine")
-            ):
-                return
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"no end in sight:\n{self._said()}")
-            time.sleep(_POLL_S)
-        if status != 0 or until_answered is not None:
-            raise RuntimeError(f"the job ended with status {status}:\n{self._said()}")
 
     def look(self) -> None:
-        """Take notice of what was written into the ledger since the last look."""
-        # Files right in the ledger are parts put together: nothing new.
-        for path in self._lineage.ledger.glob("*/*.parquet"):
-            with contextlib.suppress(FileNotFoundError):
-                written = path.stat().st_mtime_ns
-                if path.name.startswith(".") or self._written.get(path) == written:
-                    continue
-                ids = _column(path, "row_id")
-                self._written[path] = written
-                self.answered_again += len(self.answered.intersection(ids))
-                self.answered.update(ids)
+        """Take notice of answers and processes."""
+        super().look()
+        self.started.update(self._processes())
+
+    def wait_for(self, answered: int) -> None:
+        """Wait until the ledger holds so many rows; for 0, until an engine is loading."""
+        self.wait(lambda: len(self.answered) >= answered if answered else self._loading())
 
     def kill(self, victim: str) -> list[psutil.Process]:
         """Kill, and return the processes that are to end with that; Ray's agents are left out."""
-        assert self._driver is not None
-        driver = psutil.Process(self._driver.pid)
-        victims = [driver] if victim == "driver" else self.processes(victim)
+        assert self.process is not None
+        driver = psutil.Process(self.process.pid)
+        victims = [driver] if victim == "driver" else self._of_kind(victim)
         if not victims:
-            raise RuntimeError(f"there is no {victim} to kill:\n{self._said()}")
+            raise RuntimeError(f"there is no {victim} to kill:\n{self.said()}")
         if victim == "cluster":
             victims.append(driver)
         ending = {p for each in victims for p in (each, *each.children(recursive=True))}
@@ -165,12 +102,8 @@ class Labelling:
         for process in victims:
             process.send_signal(signal.SIGKILL)
         if driver in victims:
-            self._driver.wait()
+            self.process.wait()
         return list(ending)
-
-    def processes(self, kind: str) -> list[psutil.Process]:
-        """Find the job's processes of a kind by their titles."""
-        return [p for p in self._processes() if _title(p).startswith(_TITLES[kind])]
 
     def end(self) -> None:
         """Kill whatever is left of the job."""
@@ -178,45 +111,38 @@ class Labelling:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
-    def labels(self) -> pa.Table:
-        """Return the labels, in the order of the corpus."""
-        shards = read_shards(self._lineage.labels.path / "unlabeled")
-        columns = ["row_id", "label", "confidence"]
-        return pa.concat_tables(pq.read_table(shard, columns=columns) for shard in shards)
+    def _loading(self) -> bool:
+        return bool(self._of_kind("engine"))
 
-    def asked(self) -> list[str]:
-        """Return the ids that were to be labelled, from the corpus."""
-        shards = read_shards(self._lineage.corpus.path / "unlabeled")
-        return [id_ for shard in shards for id_ in _column(shard, "row_id")][: self.rows]
+    def _of_kind(self, kind: str) -> list[psutil.Process]:
+        """Find the job's processes of a kind by their titles."""
+        return [p for p in self._processes() if _title(p).startswith(_TITLES[kind])]
 
     def _processes(self) -> list[psutil.Process]:
-        assert self._driver is not None
+        assert self.process is not None
         try:
-            driver = psutil.Process(self._driver.pid)
+            driver = psutil.Process(self.process.pid)
             return [driver, *driver.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
-
-    def _command(self, verb: str) -> list[str]:
-        return [sys.executable, str(JOBS / f"{verb}.py"), *self._arguments]
-
-    def _said(self) -> str:
-        return self._log.read_text(encoding="utf-8", errors="replace")[-4000:]
 
 
 def measure(kills: Sequence[Kill], rows: int) -> dict[str, Any]:
     """Label twice, once in peace, and compare."""
     with tempfile.TemporaryDirectory() as folder:
-        unbroken, killed = (Labelling(folder, name, rows) for name in ("unbroken", "killed"))
+        unbroken, killed = (
+            Killed(Path(folder, "runs"), name, rows) for name in ("unbroken", "killed")
+        )
         try:
-            unbroken.prepare()
+            unbroken.before("prepare")
             unbroken.start()
             unbroken.wait()
             print(f"unbroken: {rows} rows labelled", flush=True)
-            killed.prepare()
+            killed.before("prepare")
             costs = _label_with_kills(killed, kills)
             orphans, _ = _outliving(unbroken.started | killed.started)
-            figures_of_labels = _compare(unbroken.labels(), killed.labels(), killed.asked())
+            lost, duplicates = killed.lost_and_doubled()
+            changes = _compare(unbroken.labels(), killed.labels())
         finally:
             for labelling in (unbroken, killed):
                 labelling.end()
@@ -228,7 +154,9 @@ def measure(kills: Sequence[Kill], rows: int) -> dict[str, Any]:
     )
     return {
         "kills": len(kills),
-        **figures_of_labels,
+        "duplicates": duplicates,
+        "lost": lost,
+        **changes,
         "relabelled_most": max(cost.held + cost.again for cost in costs),
         "answered_again": killed.answered_again,
         "orphans": orphans,
@@ -251,13 +179,13 @@ class Cost:
     """Seconds until all had ended that belonged to what was killed, Ray's agents aside."""
 
 
-def _label_with_kills(labelling: Labelling, kills: Sequence[Kill]) -> list[Cost]:
+def _label_with_kills(labelling: Killed, kills: Sequence[Kill]) -> list[Cost]:
     costs: list[Cost] = []
     again = 0
     labelling.start()
     for kill in kills:
         goal = len(labelling.answered) + kill.after_rows if kill.after_rows else 0
-        labelling.wait(until_answered=goal)
+        labelling.wait_for(goal)
         if costs:
             costs[-1].again = labelling.answered_again - again
         _, seconds = _outliving(labelling.kill(kill.victim))
@@ -274,17 +202,14 @@ def _label_with_kills(labelling: Labelling, kills: Sequence[Kill]) -> list[Cost]
     return costs
 
 
-def _compare(unbroken: pa.Table, killed: pa.Table, asked: list[str]) -> dict[str, Any]:
-    """Hold the labels of the killed run against the corpus and the unbroken run."""
-    ids = killed.column("row_id").to_pylist()
+def _compare(unbroken: pa.Table, killed: pa.Table) -> dict[str, Any]:
+    """Hold the labels of the killed run against those of the unbroken run."""
     where = pc.index_in(unbroken.column("row_id"), value_set=killed.column("row_id"))
     same = killed.take(where.drop_null())
     other = unbroken.filter(pc.is_valid(where))
     changed = pc.not_equal(same.column("label"), other.column("label"))
     difference = pc.abs(pc.subtract(same.column("confidence"), other.column("confidence")))
     return {
-        "duplicates": len(ids) - len(set(ids)),
-        "lost": len(set(asked).difference(ids)),
         "labels_changed": pc.sum(changed).as_py(),
         "confidence_change_most": pc.max(difference).as_py(),
     }
@@ -293,7 +218,7 @@ def _compare(unbroken: pa.Table, killed: pa.Table, asked: list[str]) -> dict[str
 def _outliving(processes: Iterable[psutil.Process]) -> tuple[int, float]:
     """Wait for processes to end; return how many did not, and the seconds until the last did."""
     started = time.monotonic()
-    while left := [process for process in processes if _lives(process)]:
+    while left := [process for process in processes if lives(process)]:
         if time.monotonic() - started > _GRACE_S:
             break
         time.sleep(_POLL_S)
@@ -307,18 +232,6 @@ def _title(process: psutil.Process) -> str:
     except psutil.NoSuchProcess:
         return ""
     return title if "::" in title else Path(title).name
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _column(path: Path, name: str) -> list[str]:
-    values: list[str] = pq.read_table(path, columns=[name]).column(name).to_pylist()
-    return values
 
 
 def main() -> int:

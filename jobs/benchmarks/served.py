@@ -10,9 +10,10 @@ import collections
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import figures
 import httpx
@@ -27,6 +28,10 @@ OK, TOO_MANY = 200, 429
 TEXTS = 16
 """Texts in a request."""
 _TIMEOUT_S = 120.0
+_CONNECT_S = 1.0
+_AROUND_S = 3.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,18 +114,18 @@ def endpoint(folder: Path, config: ServeSection) -> Iterator[str]:
 
 
 # An idle one bears its actor's name, one that computes that of its class.
-_REPLICA = ("ray::SERVE_REPLICA", "ray::ServeReplica")
+REPLICA = ("ray::SERVE_REPLICA", "ray::ServeReplica")
 
 
 def replicas() -> list[psutil.Process]:
     """Return the processes of the replicas below this one."""
-    return _below(*_REPLICA)
+    return _below(*REPLICA)
 
 
 def memory_mb() -> float:
     """Return what replicas and proxies hold, in megabytes."""
     held = 0
-    for process in _below(*_REPLICA, "ray::ProxyActor", "haproxy"):
+    for process in _below(*REPLICA, "ray::ProxyActor", "haproxy"):
         with contextlib.suppress(psutil.NoSuchProcess):
             held += process.memory_info().rss
     return held / 1e6
@@ -139,8 +144,13 @@ def _below(*titles: str) -> list[psutil.Process]:
 class Load:
     """Requests to one endpoint."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, *urls: str) -> None:
+        """Know the endpoint by one URL or by several, as a load balancer before its hosts does.
+
+        Of several each request takes the next, on a connection of its own; where nobody listens
+        and nothing was sent, the one after.
+        """
+        self._urls = urls
         texts = questions()
         self._bodies = [
             {"texts": texts[start : start + TEXTS]} for start in range(0, len(texts) - TEXTS, TEXTS)
@@ -188,13 +198,26 @@ class Load:
                 at += 1 / rate_per_s
         return [task.result() for task in tasks]
 
+    async def during(
+        self, rate_per_s: float, act: Callable[[], Awaitable[T]]
+    ) -> tuple[list[Answer], T]:
+        """Do something while requests come; return their answers and what came of it."""
+        over = asyncio.Event()
+
+        async def acting() -> T:
+            try:
+                await asyncio.sleep(_AROUND_S)
+                return await act()
+            finally:
+                over.set()
+
+        return await asyncio.gather(self.offer(rate_per_s, _AROUND_S, over), acting())
+
     async def _ask(self, http: httpx.AsyncClient, request: int, began: float, at: float) -> Answer:
         self.under_way += 1
         status, told_when, model = 0, False, None
         try:
-            response = await http.post(
-                "/v1/classify", json=self._bodies[request % len(self._bodies)]
-            )
+            response = await self._post(http, request)
             status, told_when = response.status_code, "retry-after" in response.headers
             model = response.json()["model"] if status == OK else None
         except httpx.HTTPError:
@@ -204,11 +227,23 @@ class Load:
         latency_s = time.perf_counter() - began - at
         return Answer(at, latency_s * 1000, status, told_when, model)
 
+    async def _post(self, http: httpx.AsyncClient, request: int) -> httpx.Response:
+        body = self._bodies[request % len(self._bodies)]
+        *others, last = (
+            self._urls[(request + further) % len(self._urls)] for further in range(len(self._urls))
+        )
+        for url in others:
+            with contextlib.suppress(httpx.ConnectError, httpx.ConnectTimeout):
+                return await http.post(f"{url}/v1/classify", json=body)
+        return await http.post(f"{last}/v1/classify", json=body)
+
     def _client(self) -> httpx.AsyncClient:
+        several = len(self._urls) > 1
         return httpx.AsyncClient(
-            base_url=self._url,
-            timeout=_TIMEOUT_S,
-            limits=httpx.Limits(max_connections=None),
+            timeout=httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_S if several else _TIMEOUT_S),
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=0 if several else None
+            ),
             trust_env=False,
         )
 

@@ -31,7 +31,6 @@ REPLICAS = 2
 _CLIENTS = 6
 _SHARE_OF_CAPACITY = 1 / 3
 _START_TIMEOUT_S = 240.0
-_AROUND_S = 3.0
 _POLL_S = 0.2
 
 
@@ -74,23 +73,6 @@ def _since(began: float) -> str:
     return f"{time.perf_counter() - began:.0f} s"
 
 
-async def under_load(
-    load: served.Load, rate_per_s: float, act: Callable[[], Awaitable[str]]
-) -> tuple[list[served.Answer], str]:
-    """Do something while requests come; return their answers and what happened."""
-    over = asyncio.Event()
-
-    async def fault() -> str:
-        try:
-            await asyncio.sleep(_AROUND_S)
-            return await act()
-        finally:
-            over.set()
-
-    answers, happened = await asyncio.gather(load.offer(rate_per_s, _AROUND_S, over), fault())
-    return answers, happened
-
-
 async def measure(url: str, student: Path, config: ServeSection, *, quick: bool) -> dict[str, Any]:
     """Update and kill under load."""
     load = served.Load(url)
@@ -105,7 +87,7 @@ async def measure(url: str, student: Path, config: ServeSection, *, quick: bool)
             *[("kill", lambda: asyncio.to_thread(kill, load))] * (1 if quick else 3),
         ]
         for name, act in acts:
-            answers, happened = await under_load(load, rate_per_s, act)
+            answers, happened = await load.during(rate_per_s, act)
             bad = sum(answer.status != served.OK for answer in answers)
             failed[name] += bad
             models.update(answer.model for answer in answers[-3:])

@@ -1,6 +1,7 @@
 """Run the training loop on Ray Train and watch it."""
 
 import contextlib
+import errno
 import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -201,7 +202,7 @@ def _explain(error: WorkerGroupError, section: TrainSection) -> Exception:
         for failure in error.worker_failures.values()
     ]
     for failure in failures:
-        if isinstance(failure, LLKDError):
+        if isinstance(failure, LLKDError) or _is_full_disk(failure):
             return failure
     if any(isinstance(failure, ray.exceptions.RayActorError) for failure in failures):
         return ClusterError(
@@ -210,6 +211,10 @@ def _explain(error: WorkerGroupError, section: TrainSection) -> Exception:
             "and run the same command again to go on from the last epoch"
         )
     return error
+
+
+def _is_full_disk(failure: Exception) -> bool:
+    return isinstance(failure, OSError) and failure.errno == errno.ENOSPC
 
 
 def _warn_of_no_room(num_workers: int, resources: dict[str, float]) -> None:

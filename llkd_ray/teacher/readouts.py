@@ -6,6 +6,7 @@ corpus's order, checked row by row.
 """
 
 import functools
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -184,6 +185,10 @@ def _ask(window: list[tuple[Shard, int]], opening: Opening, ledger: Ledger, tall
     context.print_on_execution_start = False
     # A thread for each task, on the cores that the teacher could use; nobody reads what it finds.
     context.memory_usage_poll_interval_s = None
+    # Wrapped, an actor's error would have lost its type; and what is logged of it, over a hundred
+    # lines, is in the error that is raised.
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     teacher = opening.teacher
     actors = teacher.actors
     shards = [asdict(shard) for shard, _ in window]
@@ -231,7 +236,8 @@ def _ask(window: list[tuple[Shard, int]], opening: Opening, ledger: Ledger, tall
     except ray.exceptions.RayTaskError as error:
         # What the teacher itself said is what the user can act on; the rest is ours.
         if isinstance(error.cause, TeacherError):
-            raise error.cause from None
+            # Ray Data puts lines of its own below it.
+            raise TeacherError(str(error.cause).partition("\n")[0]) from None
         raise
 
 
