@@ -352,7 +352,7 @@ def network(scene: Scene) -> Iterator[None]:
     deadline = time.monotonic() + _NEWS_S
     while (known := scene.cluster.knows(host)) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
-    scene.seen.append(f"the host was {'never ' * known}given up")
+    scene.seen.append(f"the host was {'never given up' if known else 'given up'}")
     if not known:
         host.kill()
         scene.cluster.start(host)
