@@ -51,7 +51,7 @@ from llkd_ray.errors import ClusterError
 
 _OUTAGE_S = 30.0
 _RECOVERY_TIMEOUT_S = 300.0
-_NEWS_S = 10.0
+_NEWS_S = 15.0
 _POLL_S = 0.2
 _ROWS = 240
 _STRIKE_AFTER_ROWS = 64
@@ -340,17 +340,20 @@ def raylet(scene: Scene) -> Iterator[None]:
 
 
 def network(scene: Scene) -> Iterator[None]:
-    """A host that does the work is cut off for 30 s; if its Ray has ended, it is started again."""
+    """A host that does the work is cut off for 30 s; given up in the meantime, it is started again.
+
+    A raylet that was given up ends when it hears of it, some time after it is back.
+    """
     host, _ = scene.victim()
     host.cut()
     yield
     time.sleep(_OUTAGE_S)
     host.mend()
-    # A raylet that was given up is told so now, and ends.
-    time.sleep(_NEWS_S)
-    ended = not host.processes("raylet/raylet")
-    scene.seen.append(f"the host was {'given up' if ended else 'never given up'}")
-    if ended:
+    deadline = time.monotonic() + _NEWS_S
+    while (known := scene.cluster.knows(host)) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    scene.seen.append(f"the host was {'never given up' if known else 'given up'}")
+    if not known:
         host.kill()
         scene.cluster.start(host)
 

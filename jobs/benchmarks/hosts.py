@@ -248,8 +248,8 @@ class Cluster:
             *("--object-store-memory", str(_STORE_BYTES), "--temp-dir", str(host.folder)),
             *("--dashboard-agent-listen-port", str(_AGENT_PORT + host.number)),
         ]
-        # What a head that was killed has left there would tell `ray start` that it runs already:
-        # the other hosts' raylets, which name its address, are seen from here.
+        # What a head that was killed has left there would tell `ray start` that it runs already,
+        # for the other hosts' raylets, which name its address, are seen from here.
         shutil.rmtree(host.folder, ignore_errors=True)
         log = host.folder.with_suffix(".log")
         started = host.start(ray, log, environment)
