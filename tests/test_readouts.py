@@ -1,13 +1,18 @@
 """Asking about a corpus in one dataset after the other."""
 
+import logging
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import QUICKSTART
+from conftest import QUICKSTART, Run
 
-from llkd_ray.config import load_experiment
+from llkd_ray import schema
+from llkd_ray.config import SamplingSection, load_experiment
 from llkd_ray.corpus import prepare, read_shards
+from llkd_ray.errors import TeacherError
+from llkd_ray.guided.write import Round, write
 from llkd_ray.teacher import readouts
 from llkd_ray.teacher.actor import Opening
 from llkd_ray.teacher.ledger import Ledger
@@ -58,3 +63,37 @@ def test_a_corpus_of_many_windows_and_of_blocks_of_several_batches_is_answered_a
     assert answered.actors > 1  # One after the other.
     files = read_shards(answers / "unlabeled")
     assert sum(pq.read_metadata(file).num_rows for file in files) == 300
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
+def test_what_an_actor_says_of_its_teacher_is_one_sentence_and_nothing_is_logged_before_it(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    nobody = Run(
+        (
+            *run.overrides,
+            "teacher.kind=http",
+            "teacher.url=http://127.0.0.1:9/v1",
+            "teacher.model=m",
+            "teacher.max_retries=0",
+        )
+    )
+    nobody.stage("prepare")
+    with caplog.at_level(logging.ERROR), pytest.raises(TeacherError) as labelling:
+        nobody.stage("label")
+    prompt = {"prompt_id": "p", "label": "person", "first": 0, "samples": 1, "text": "Question:"}
+    with caplog.at_level(logging.ERROR), pytest.raises(TeacherError) as writing:
+        write(
+            pa.Table.from_pylist([prompt], schema.PROMPTS),
+            Path(nobody.experiment.runs) / "parts",
+            opening=Opening.of(nobody.experiment),
+            sampling=SamplingSection(),
+            of=Round(1, 0),
+        )
+    said = "http://127.0.0.1:9/v1 cannot be reached"
+    for error in (labelling, writing):
+        assert str(error.value).startswith(said)
+        assert "\n" not in str(error.value)
+    assert str(writing.value).endswith("run the same command again to go on")
+    assert [record.getMessage() for record in caplog.records if record.levelno >= 40] == []

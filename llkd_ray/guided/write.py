@@ -26,6 +26,7 @@ from llkd_ray.teacher.answers import Answer, Continuation
 from llkd_ray.teacher.engine import Engine
 from llkd_ray.teacher.http import Endpoint
 from llkd_ray.teacher.readouts import actor_resources
+from llkd_ray.teacher.stream import data_context, tables
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,7 @@ def write(
 def _ask(
     prompts: list[pa.Table], folder: Path, opening: Opening, sampling: SamplingSection, of: Round
 ) -> None:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    data_context()
     actors = opening.teacher.actors
     done = ray.data.from_arrow(prompts).map_batches(
         Writer,
@@ -97,15 +96,12 @@ def _ask(
         **actor_resources(opening),
     )
     try:
-        for _ in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for _ in tables(done):
             pass
-    except ray.exceptions.RayTaskError as error:
-        # What the teacher itself said is what the user can act on; the rest is ours.
-        if isinstance(error.cause, TeacherError):
-            raise TeacherError(
-                f"{error.cause}; what is written is kept: run the same command again to go on"
-            ) from None
-        raise
+    except TeacherError as error:
+        raise TeacherError(
+            f"{error}; what is written is kept: run the same command again to go on"
+        ) from None
 
 
 class Writer:

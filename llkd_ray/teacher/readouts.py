@@ -6,7 +6,6 @@ corpus's order, checked row by row.
 """
 
 import functools
-import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -25,11 +24,12 @@ from llkd_ray.artifacts import hand_over
 from llkd_ray.cluster import TASK_CPUS, each
 from llkd_ray.config import VLLMTeacher
 from llkd_ray.corpus import read_shards, row_id
-from llkd_ray.errors import TeacherError, TooManyRejectedError
+from llkd_ray.errors import TooManyRejectedError
 from llkd_ray.teacher.actor import Opening, TeacherActor
 from llkd_ray.teacher.answers import CONTENT_FREE
 from llkd_ray.teacher.engine import engine_environment
 from llkd_ray.teacher.ledger import Ledger, range_name
+from llkd_ray.teacher.stream import data_context, tables
 from llkd_ray.teacher.tally import Tally
 
 CONTENT_FREE_FILE = "content_free.parquet"
@@ -180,15 +180,8 @@ def _windows(todo: Iterable[tuple[Shard, int]], max_rows: int) -> Iterator[list[
 
 def _ask(window: list[tuple[Shard, int]], opening: Opening, ledger: Ledger, tally: Tally) -> None:
     """Stream the unanswered rows of shards through the teacher actors."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     # A thread for each task, on the cores that the teacher could use; nobody reads what it finds.
-    context.memory_usage_poll_interval_s = None
-    # Wrapped, an actor's error would have lost its type; and what is logged of it, over a hundred
-    # lines, is in the error that is raised.
-    context.raise_original_map_exception = True
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    data_context().memory_usage_poll_interval_s = None
     teacher = opening.teacher
     actors = teacher.actors
     shards = [asdict(shard) for shard, _ in window]
@@ -228,17 +221,8 @@ def _ask(window: list[tuple[Shard, int]], opening: Opening, ledger: Ledger, tall
         ),
         **actor_resources(opening),
     )
-    try:
-        for batch in counts.iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=0
-        ):
-            tally.add(batch)
-    except ray.exceptions.RayTaskError as error:
-        # What the teacher itself said is what the user can act on; the rest is ours.
-        if isinstance(error.cause, TeacherError):
-            # Ray Data puts lines of its own below it.
-            raise TeacherError(str(error.cause).partition("\n")[0]) from None
-        raise
+    for batch in tables(counts):
+        tally.add(batch)
 
 
 def _compact(ledger: Ledger) -> None:
