@@ -18,8 +18,8 @@ which spares an LLM. `failed` are requests that were not answered with predictio
 so many when it happened. They come six a second to the hosts in turn, and go to the next where
 nobody listens, as behind a load balancer. `recovered` is when the ledger had more new answers than
 the teacher may have had in hand, training its next checkpoint, the endpoint its replicas and a
-proxy on every host; what has to be started again is started here, at once. The disk is no part of
-the network that is cut.
+proxy on the head and on every host that has one of them, which is where Serve has proxies; what has
+to be started again is started here, at once. The disk is no part of the network that is cut.
 
 A storage service that refuses is not among them: `runs` is a folder here.
 """

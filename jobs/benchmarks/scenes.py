@@ -233,13 +233,16 @@ class ServingScene(Scene):
         super().__init__(cluster, Job("serve", changes, runs.with_name("serving.log"), cluster.run))
         # On the loopback all hosts have the same ports, so there the head alone has a proxy.
         fronts = cluster.hosts if cluster.head.namespace else cluster.hosts[:1]
-        self._urls = [f"http://{host.address}:{_PORT}" for host in fronts]
+        self._urls = [_url(host.address) for host in fronts]
         self._load = served.Load(*self._urls)
 
     def progress(self) -> int:
         """Return 1 where all that is to be there is there."""
-        whole = all(map(_answers, self._urls)) and len(self._replicas()) == _REPLICAS
-        return int(whole)
+        replicas = self._replicas()
+        # Serve has a proxy on the head, and on a host that has a replica.
+        hosts_of_proxies = {self.cluster.head.address, *(each["node_ip"] for each in replicas)}
+        urls = set(self._urls).intersection(map(_url, hosts_of_proxies))
+        return int(len(replicas) == _REPLICAS and all(map(_answers, urls)))
 
     def goes_on(self, before: int) -> bool:  # noqa: ARG002 - It is whole or it is not.
         """Tell whether all is there again."""
@@ -277,6 +280,10 @@ class ServingScene(Scene):
                 if replica["state"] == "RUNNING" and _lives(replica["pid"])
             ]
         return []
+
+
+def _url(address: str) -> str:
+    return f"http://{address}:{_PORT}"
 
 
 def _lives(pid: int) -> bool:
