@@ -273,9 +273,11 @@ class ServingScene(Scene):
         with contextlib.suppress(httpx.HTTPError, KeyError):
             url = f"{self.cluster.dashboard}/api/serve/applications/"
             told = httpx.get(url, timeout=2.0, trust_env=False).json()
-            (deployment,) = told["applications"][APP]["deployments"].values()
+            # One, or none yet.
+            deployments = told["applications"][APP]["deployments"].values()
             return [
                 replica
+                for deployment in deployments
                 for replica in deployment["replicas"]
                 if replica["state"] == "RUNNING" and _lives(replica["pid"])
             ]
