@@ -531,7 +531,8 @@ def test_the_highest_rate_is_what_an_endpoint_can_do():
     bench = {"latency_target_ms": 300.0, "open_s": 1.5, "search_tries": 6}
     with serving(OneAtATime) as url:
         found = send(url, protocol="vllm", **few, **bench)
-    assert 15 < found.max_rate_per_s <= 55
+    # Fifty a second; more for as long as what waits stays within the latency that is allowed.
+    assert 15 < found.max_rate_per_s <= 75
     made = summarize(found, bench=BENCH.model_copy(update=bench))
     rates = [offered.rate_per_s for offered in made.open_loop]
     assert rates == sorted(rates)

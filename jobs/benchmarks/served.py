@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import random
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -178,14 +179,15 @@ class Load:
     async def offer(
         self, rate_per_s: float, seconds: float, until: asyncio.Event | None = None
     ) -> list[Answer]:
-        """Send requests at a rate and wait for all answers.
+        """Send requests as clients do that know nothing of each other; wait for all answers.
 
         Args:
-            rate_per_s: Requests in a second.
+            rate_per_s: Requests in a second on average; they come at random (Poisson).
             seconds: For so long, or for so long after `until`.
             until: Set when what is to happen meanwhile has happened.
         """
         tasks = []
+        gaps = random.Random(0)
         async with self._client() as http, asyncio.TaskGroup() as group:
             began = time.perf_counter()
             end = None if until else seconds
@@ -195,7 +197,7 @@ class Load:
                 tasks.append(group.create_task(self._ask(http, len(tasks), began, at)))
                 if until is not None and until.is_set() and end is None:
                     end = at + seconds
-                at += 1 / rate_per_s
+                at += gaps.expovariate(rate_per_s)
         return [task.result() for task in tasks]
 
     async def during(
