@@ -71,6 +71,17 @@ def test_the_same_batch_written_twice_is_one_file(ledger: Ledger) -> None:
     assert len(list((ledger.folder / parts).glob("*.parquet"))) == 1
 
 
+def test_a_batch_that_was_written_is_known_by_its_rows_and_attempts(ledger: Ledger) -> None:
+    parts = range_name(IDS[0], IDS[9])
+    batch = entries(ledger, IDS[:10])
+    assert ledger.written(parts, batch) is None
+    ledger.write(parts, batch)
+    assert ledger.written(parts, batch.select(["row_id", "attempt"])) == batch
+    assert ledger.written(parts, batch.slice(1)) is None
+    assert ledger.written(parts, entries(ledger, IDS[:10], attempt=2)) is None
+    assert ledger.written(range_name(IDS[10], IDS[19]), batch) is None
+
+
 def test_overlapping_batches_leave_one_entry_a_row(ledger: Ledger) -> None:
     parts = range_name(IDS[0], IDS[19])
     ledger.write(parts, entries(ledger, IDS[:10]))

@@ -1,7 +1,9 @@
 """Asking about a corpus in one dataset after the other."""
 
+import asyncio
 import logging
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,8 +16,8 @@ from llkd_ray.corpus import prepare, read_shards
 from llkd_ray.errors import TeacherError
 from llkd_ray.guided.write import Round, write
 from llkd_ray.teacher import readouts
-from llkd_ray.teacher.actor import Opening
-from llkd_ray.teacher.ledger import Ledger
+from llkd_ray.teacher.actor import Opening, TeacherActor
+from llkd_ray.teacher.ledger import Ledger, range_name
 
 
 def test_windows_hold_every_shard_once_and_no_more_rows_than_allowed() -> None:
@@ -63,6 +65,34 @@ def test_a_corpus_of_many_windows_and_of_blocks_of_several_batches_is_answered_a
     assert answered.actors > 1  # One after the other.
     files = read_shards(answers / "unlabeled")
     assert sum(pq.read_metadata(file).num_rows for file in files) == 300
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_an_actor_does_not_ask_about_a_batch_that_a_dead_one_has_written(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, len(load_experiment(QUICKSTART).task.labels))
+    ids = [f"{number:064x}" for number in range(40)]
+    shards = ids[:30], ids[30:]
+    batch = pa.table(
+        {
+            "row_id": ids,
+            "text": [f"number {number}" for number in range(40)],
+            "attempt": pa.array([1] * 40, pa.int32()),
+            "parts": [range_name(rows[0], rows[-1]) for rows in shards for _ in rows],
+        }
+    )
+
+    def answer(rows_per_s: float, rows: pa.Table) -> dict[str, Any]:
+        told = ["teacher.kind=scripted", f"teacher.rows_per_s={rows_per_s}"]
+        actor = TeacherActor(Opening.of(load_experiment(QUICKSTART, told)), ledger)
+        counts = asyncio.run(asyncio.wait_for(actor(rows), 5)).to_pylist()[0]
+        return {name: counts[name] for name in ("rows", "prompt_tokens", "labels")}
+
+    first = answer(1000, batch)
+    assert first["rows"] == 40
+    # Asked, this one would take most of a day.
+    assert answer(0.001, batch) == first
+    with pytest.raises(TimeoutError):
+        answer(0.001, batch.slice(1))
 
 
 @pytest.mark.slow

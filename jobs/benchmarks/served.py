@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import collections
 import contextlib
-import random
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import TypeVar
 
 import figures
 import httpx
+import numpy as np
 import psutil
 
 from llkd_ray.config import EncoderStudent, ExportSection, RaySection, ServeSection
@@ -187,7 +187,7 @@ class Load:
             until: Set when what is to happen meanwhile has happened.
         """
         tasks = []
-        gaps = random.Random(0)
+        gaps = np.random.default_rng(0)
         async with self._client() as http, asyncio.TaskGroup() as group:
             began = time.perf_counter()
             end = None if until else seconds
@@ -197,7 +197,7 @@ class Load:
                 tasks.append(group.create_task(self._ask(http, len(tasks), began, at)))
                 if until is not None and until.is_set() and end is None:
                     end = at + seconds
-                at += gaps.expovariate(rate_per_s)
+                at += gaps.exponential(1 / rate_per_s)
         return [task.result() for task in tasks]
 
     async def during(
@@ -252,8 +252,6 @@ class Load:
 
 def percentile(answers: Sequence[Answer], percent: float) -> float | None:
     """Return a percentile of the latencies of those that were answered, in ms."""
-    import numpy as np
-
     latencies = [answer.latency_ms for answer in answers if answer.status == OK]
     return round(float(np.percentile(latencies, percent)), 1) if latencies else None
 

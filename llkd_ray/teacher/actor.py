@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -127,17 +128,22 @@ class TeacherActor:
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         """Answer a batch; the table returned only counts them (`count`)."""
-        answers = await self._read(batch.column("text").to_pylist())
-        entries = self._entries(batch, answers)
-        await asyncio.to_thread(self._write, entries, batch.column("parts"))
+        entries = await asyncio.to_thread(self._written, batch)
+        if entries is None:
+            answers = await self._read(batch.column("text").to_pylist())
+            entries = self._entries(batch, answers)
+            await asyncio.to_thread(self._write, entries, batch.column("parts"))
+            self._export(entries)
         counts = count(entries, self._ledger.num_classes)
-        counts = counts.append_column("actor", pa.array([self._name])).append_column(
+        return counts.append_column("actor", pa.array([self._name])).append_column(
             "alive_s", pa.array([time.perf_counter() - self._started])
         )
+
+    def _export(self, entries: pa.Table) -> None:
+        counts = count(entries, self._ledger.num_classes)
         for name, counter in self._counters.items():
             if value := counts.column(name)[0].as_py():
                 counter.inc(value)
-        return counts
 
     async def _read(self, texts: list[str]) -> list[Answer]:
         """Ask the teacher, and when it dies of something, a new one."""
@@ -179,8 +185,27 @@ class TeacherActor:
         return pa.Table.from_arrays(arrays, schema=schema)
 
     def _write(self, entries: pa.Table, parts: pa.ChunkedArray) -> None:
-        for name in pc.unique(parts).to_pylist():
-            self._ledger.write(name, entries.filter(pc.equal(parts, name)))
+        for name, part in _by_part(entries, parts):
+            self._ledger.write(name, part)
+
+    def _written(self, batch: pa.Table) -> pa.Table | None:
+        """Return a batch's entries where an actor that died had written them all.
+
+        Ray gives the next one the whole block, of which most batches may have been answered.
+        """
+        found = []
+        for name, rows in _by_part(batch, batch.column("parts")):
+            entries = self._ledger.written(name, rows)
+            if entries is None:
+                return None
+            found.append(entries)
+        return pa.concat_tables(found)
+
+
+def _by_part(rows: pa.Table, parts: pa.ChunkedArray) -> Iterator[tuple[str, pa.Table]]:
+    """Yield the folders of parts in the ledger, and which rows belong into each."""
+    for name in pc.unique(parts).to_pylist():
+        yield name, rows.filter(pc.equal(parts, name))
 
 
 def count(entries: pa.Table, num_classes: int) -> pa.Table:

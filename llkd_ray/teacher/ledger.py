@@ -78,7 +78,8 @@ class Ledger:
     def write(self, parts: str, entries: pa.Table) -> None:
         """Write a batch of entries as a part.
 
-        A part is named by its rows, so that a batch which Ray runs again replaces itself.
+        A part is named by its rows, so that a batch which Ray runs again is found, or replaces
+        itself.
 
         Args:
             parts: Name of the folder of parts, from `range_name`.
@@ -87,6 +88,19 @@ class Ledger:
         folder = self.folder / parts
         folder.mkdir(parents=True, exist_ok=True)
         self._write(folder, entries.select(self.columns.names).cast(self.columns))
+
+    def written(self, parts: str, rows: pa.Table) -> pa.Table | None:
+        """Return the part that `write` made of the same rows, if it did.
+
+        Args:
+            parts: Name of the folder of parts, from `range_name`.
+            rows: Columns `row_id` and `attempt` at least.
+        """
+        path = self.folder / parts / _file_name(_sorted(rows))
+        if not storage.exists(path):
+            return None
+        storage.fetch([path])
+        return pq.read_table(path, schema=self.columns)
 
     def find(self, row_ids: pa.Array) -> pa.Table:
         """Return one entry for each of the rows that has any, in the order of `row_ids`.
@@ -144,12 +158,8 @@ class Ledger:
             storage.remove(folder)
 
     def _write(self, folder: Path, entries: pa.Table) -> None:
-        entries = entries.sort_by([("row_id", "ascending"), ("attempt", "ascending")])
-        ids = entries.column("row_id").to_pylist()
-        digest = hashlib.sha256(
-            ("".join(ids) + str(entries.column("attempt").to_pylist())).encode()
-        ).hexdigest()[:8]
-        path = folder / f"{range_name(ids[0], ids[-1])}-{digest}.parquet"
+        entries = _sorted(entries)
+        path = folder / _file_name(entries)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         pq.write_table(entries, beside)
         os.replace(beside, path)
@@ -174,6 +184,18 @@ class Ledger:
 def range_name(first: str, last: str) -> str:
     """Name a range of row ids: of a file, or of the folder with a corpus shard's parts."""
     return f"{first[:_DIGITS]}-{last[:_DIGITS]}"
+
+
+def _sorted(rows: pa.Table) -> pa.Table:
+    return rows.sort_by([("row_id", "ascending"), ("attempt", "ascending")])
+
+
+def _file_name(rows: pa.Table) -> str:
+    """Name a file by its rows, which are sorted, and by which attempts they are."""
+    ids = rows.column("row_id").to_pylist()
+    attempts = rows.column("attempt").to_pylist()
+    digest = hashlib.sha256(("".join(ids) + str(attempts)).encode()).hexdigest()[:8]
+    return f"{range_name(ids[0], ids[-1])}-{digest}.parquet"
 
 
 def _folders(ledger: Path) -> list[Path]:

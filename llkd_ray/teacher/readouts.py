@@ -35,9 +35,10 @@ from llkd_ray.teacher.tally import Tally
 CONTENT_FREE_FILE = "content_free.parquet"
 # Ray Data keeps about 5 KB for each block in the driver until a dataset is done. So the larger the
 # corpus, the more batches are in a block, and a corpus larger than that is asked about in several
-# datasets, between which the teachers start anew.
-_BLOCKS = 2_000
-_BATCHES_PER_BLOCK = 64
+# datasets, between which the teachers start anew. Hundreds of teachers want thousands of blocks, or
+# most of them wait for the last ones; a block of 128 batches of 64 short texts is a few megabytes.
+_BLOCKS = 8_000
+_BATCHES_PER_BLOCK = 128
 # Of these, Ray Data hands so many to an asynchronous actor at once.
 _BATCHES_AT_ONCE = 4
 
