@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import QUICKSTART, ROOT, SMALL, Run, command
-from s3_server import CREDENTIALS, environment, front_of, s3_server
 
 from llkd_ray import storage
 from llkd_ray.artifacts import MANIFEST, Artifact, Rows, hand_over, make
@@ -29,6 +28,7 @@ from llkd_ray.teacher.ledger import Ledger, range_name
 sys.path.insert(0, str(ROOT / "jobs/benchmarks"))
 
 import autoscaling
+from s3_server import CREDENTIALS, environment, front_of, s3_server
 
 BUCKET = "bucket"
 NODES = ("here", "there")

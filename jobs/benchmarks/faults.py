@@ -9,7 +9,8 @@ by two replicas, and in the middle of that something happens, every time on a ne
 - `network`: a worker host is cut off for 30 s;
 - `head`: the head's host dies, and so the cluster; it is started again, and the job as well;
 - `head-with-redis`: it finds in Redis what it knew;
-- `disk-full`: nothing can be written any more; after the job has given up, room is made.
+- `disk-full`: nothing can be written any more; after the job has given up, room is made;
+- `store-refuses`: the object store that all is kept in answers 503 to everything for 30 s.
 
 `lost` and `doubled` are rows: without a label or with two, counted against the corpus, or, in
 training, missing in an epoch or twice in it, counted against the labels; a training must also end
@@ -19,13 +20,13 @@ so many when it happened. They come six a second to the hosts in turn, and go to
 nobody listens, as behind a load balancer. `recovered` is when the ledger had more new answers than
 the teacher may have had in hand, training its next checkpoint, the endpoint its replicas and a
 proxy on the head and on every host that has one of them, which is where Serve has proxies; what has
-to be started again is started here, at once. The disk is no part of the network that is cut.
-
-A storage service that refuses is not among them: `runs` is a folder here.
+to be started again is started here, at once. The disk is no part of the network that is cut. What
+went into the store is counted as it stands there.
 """
 
 import contextlib
 import functools
+import importlib.util
 import os
 import shutil
 import signal
@@ -49,6 +50,7 @@ from scenes import (
     Outcome,
     Scene,
     ServingScene,
+    StoredLabellingScene,
     TrainingScene,
 )
 from watched import Training
@@ -143,6 +145,15 @@ def disk_full(scene: Scene) -> Iterator[None]:
     scene.job.start()
 
 
+def store_refuses(scene: StoredLabellingScene) -> Iterator[None]:
+    """The object store refuses for 30 s whatever it is asked."""
+    scene.store.flag.touch()
+    yield
+    time.sleep(_OUTAGE_S)
+    scene.store.flag.unlink()
+    scene.seen.append(f"{scene.store.refused} requests refused")
+
+
 def _kill(victim: psutil.Process) -> None:
     victim.kill()
     hosts.wait_for_end([victim])
@@ -157,6 +168,10 @@ def _fill(path: Path) -> None:
 
 def _not_root() -> str | None:
     return None if os.geteuid() == 0 else "only root can mount a small disk"
+
+
+def _no_moto() -> str | None:
+    return None if importlib.util.find_spec("moto") else "there is no S3 server here (pip: moto)"
 
 
 def _no_redis() -> str | None:
@@ -184,6 +199,13 @@ FAULTS = (
         impossible=lambda: hosts.namespaces_missing() or _no_redis(),
     ),
     Fault("disk-full", LabellingScene, disk_full, impossible=_not_root),
+    Fault(
+        "store-refuses",
+        StoredLabellingScene,
+        store_refuses,
+        functools.partial(hosts.cluster, with_store=True),
+        impossible=_no_moto,
+    ),
 )
 QUICK = ("train-worker", "replica")
 
@@ -215,8 +237,8 @@ class Ground:
             runs.mkdir()
             if fault.happen is disk_full:
                 stack.enter_context(small_disk(runs))
-            if fault.scene is LabellingScene:
-                scene = functools.partial(LabellingScene, runs=runs)
+            if issubclass(fault.scene, LabellingScene):
+                scene = functools.partial(fault.scene, runs=runs)
             elif fault.scene is TrainingScene:
                 scene = functools.partial(TrainingScene, runs=runs, unbroken=self.unbroken)
             else:

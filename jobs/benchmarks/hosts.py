@@ -10,6 +10,7 @@ import ipaddress
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import s3_server
 
 from llkd_ray.errors import ClusterError
 
@@ -25,6 +27,8 @@ GCS_PORT = 6379
 DASHBOARD_PORT = 8265
 _AGENT_PORT = 52365
 _REDIS_PORT = 6400
+_STORE_PORT = 9000
+BUCKET = "llkd"
 _STORE_BYTES = 100_000_000
 _START_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 30.0
@@ -196,6 +200,22 @@ def _ip(*arguments: str) -> str:
     return done.stdout
 
 
+@dataclass(frozen=True)
+class Store:
+    """A server that speaks S3, with a bucket."""
+
+    url: str
+    flag: Path
+    """While this file is there, it refuses whatever it is asked."""
+    log: Path
+    """A line for every request that was refused."""
+
+    @property
+    def refused(self) -> int:
+        """Requests refused so far."""
+        return self.log.read_text(encoding="utf-8").count("refused ")
+
+
 @dataclass
 class Cluster:
     """Ray on hosts: the head, which computes nothing, and workers of one CPU each."""
@@ -203,6 +223,8 @@ class Cluster:
     hosts: list[Host]
     redis: str | None = None
     """Address of the Redis in which the head keeps what it knows, to find it again."""
+    store: "Store | None" = None
+    """An object store on a host of its own."""
 
     @property
     def head(self) -> Host:
@@ -279,18 +301,25 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(folder: Path, count: int = 3, *, with_redis: bool = False) -> Iterator[Cluster]:
+def cluster(
+    folder: Path, count: int = 3, *, with_redis: bool = False, with_store: bool = False
+) -> Iterator[Cluster]:
     """Hold a Ray cluster on so many hosts.
 
     Args:
         folder: For what Ray leaves; its path is to be short.
         count: Hosts, the head among them.
         with_redis: Have the head keep what it knows in a Redis, on a host of its own.
+        with_store: Have an object store, on a host of its own; all that is started meanwhile, and
+            this process, finds it by its environment.
     """
-    with hosts(count + with_redis, folder) as there:
+    with contextlib.ExitStack() as stack:
+        there = stack.enter_context(hosts(count + with_redis + with_store, folder))
         made = Cluster(there[:count])
         if with_redis:
-            made.redis = _start_redis(there[-1])
+            made.redis = _start_redis(there[count])
+        if with_store:
+            made.store = stack.enter_context(_store_on(there[-1]))
         for host in made.hosts:
             made.start(host)
         yield made
@@ -304,6 +333,36 @@ def _start_redis(host: Host) -> str:
     options = ["--bind", host.address, "--port", str(_REDIS_PORT), "--protected-mode", "no"]
     host.start([program, *options, "--save", ""], host.folder.with_suffix(".log"))
     return f"{host.address}:{_REDIS_PORT}"
+
+
+@contextlib.contextmanager
+def _store_on(host: Host) -> Iterator[Store]:
+    """Start an object store; the environment leads to it for the length of the block."""
+    store = Store(
+        url=f"http://{host.address}:{_STORE_PORT}",
+        flag=host.folder.with_suffix(".refuses"),
+        log=host.folder.with_suffix(".log"),
+    )
+    program = [sys.executable, s3_server.__file__, host.address, str(_STORE_PORT), BUCKET]
+    started = host.start([*program, str(store.flag)], store.log)
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while not _listens(host.address, _STORE_PORT):
+        if started.poll() is not None or time.monotonic() > deadline:
+            raise ClusterError(f"the store did not start: {store.log.read_text('utf-8')[-2000:]}")
+        time.sleep(_POLL_S)
+    before = dict(os.environ)
+    os.environ.update(s3_server.environment(store.url))
+    try:
+        yield store
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _listens(address: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex((address, port)) == 0
 
 
 def _command_line(process: psutil.Process) -> str:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,8 +161,9 @@ class LabellingScene(Scene):
     during = "labelling"
     titles = ("ray::MapWorker(MapBatches(TeacherActor))",)
 
-    def __init__(self, cluster: hosts.Cluster, runs: Path) -> None:
-        changes = [*_SMALL, "teacher.actors={num_cpus = 0.5}", "teacher.engine.cpu_kvcache_gib=1"]
+    def __init__(self, cluster: hosts.Cluster, runs: Path, changes: Sequence[str] = ()) -> None:
+        engine = ("teacher.actors={num_cpus = 0.5}", "teacher.engine.cpu_kvcache_gib=1")
+        changes = [*_SMALL, *engine, *changes]
         self.labelling = Labelling(runs, "labelling", _ROWS, cluster.run, changes)
         super().__init__(cluster, self.labelling)
 
@@ -182,8 +183,29 @@ class LabellingScene(Scene):
         self.job.wait(lambda: self.progress() >= _STRIKE_AFTER_ROWS)
         seconds = self.strike(fault)
         self.job.wait()
+        self.look_back()
         self.seen.append(f"{self.labelling.answered_again} rows answered again")
         return self.outcome(fault, self.labelling.lost_and_doubled(), None, seconds)
+
+    def look_back(self) -> None:
+        """Do what has to come between the job's end and the counting."""
+
+
+class StoredLabellingScene(LabellingScene):
+    """The LLM labels, and all that is kept is kept in an object store."""
+
+    during = "labelling into a store"
+
+    def __init__(self, cluster: hosts.Cluster, runs: Path) -> None:
+        assert cluster.store is not None
+        self.store = cluster.store
+        self._cache = runs.with_name("cache")
+        store = [f"runs=s3://{hosts.BUCKET}/runs", f"cache={self._cache}"]
+        super().__init__(cluster, runs, store)
+
+    def look_back(self) -> None:
+        """Drop the mirror, which is no proof of what is in the store."""
+        shutil.rmtree(self._cache)
 
 
 class TrainingScene(Scene):

@@ -159,14 +159,14 @@ class Labelling(Job):
 
     def labels(self) -> pa.Table:
         """Return the labels, in the order of the corpus."""
-        shards = read_shards(self.lineage.labels.path / "unlabeled")
+        shards = read_shards(self.lineage.labels.require().path / "unlabeled")
         columns = ["row_id", "label", "confidence"]
         return pa.concat_tables(pq.read_table(shard, columns=columns) for shard in shards)
 
     def lost_and_doubled(self) -> tuple[int, int]:
         """Count the rows without a label, and those with more than one, against the corpus."""
         ids = self.labels().column("row_id").to_pylist()
-        shards = read_shards(self.lineage.corpus.path / "unlabeled")
+        shards = read_shards(self.lineage.corpus.require().path / "unlabeled")
         asked = [id_ for shard in shards for id_ in column(shard, "row_id")][: self.rows]
         return lost_and_doubled(asked, ids)
 

@@ -1,4 +1,8 @@
-"""A server that speaks S3 on loopback, and a front before it that refuses requests."""
+"""A server that speaks S3 (moto's), and a front before it that refuses requests.
+
+As a program, `s3_server.py ADDRESS PORT BUCKET FLAG`, it serves until it is ended, and refuses
+while there is a file FLAG; it prints a line for every request that it refuses.
+"""
 
 import contextlib
 import http.client
@@ -10,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 # Any do: the server checks no signature.
 CREDENTIALS = {
@@ -64,13 +69,15 @@ def _put_bucket(port: int, bucket: str) -> None:
 
 
 @contextlib.contextmanager
-def front_of(server: str, refuses: Refuses) -> Iterator[str]:
+def front_of(
+    server: str, refuses: Refuses, address: str = "127.0.0.1", port: int = 0
+) -> Iterator[str]:
     """Stand before a server for the length of the block; yields the front's URL."""
-    with _Front(server.removeprefix("http://"), refuses) as front:
+    with _Front((address, port), server.removeprefix("http://"), refuses) as front:
         thread = threading.Thread(target=front.serve_forever)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{front.server_address[1]}"
+            yield f"http://{address}:{front.server_address[1]}"
         finally:
             front.shutdown()
             thread.join()
@@ -79,8 +86,8 @@ def front_of(server: str, refuses: Refuses) -> Iterator[str]:
 class _Front(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, host: str, refuses: Refuses) -> None:
-        super().__init__(("127.0.0.1", 0), _Forwarding)
+    def __init__(self, at: tuple[str, int], host: str, refuses: Refuses) -> None:
+        super().__init__(at, _Forwarding)
         self.host = host
         self.refuses = refuses
 
@@ -135,3 +142,20 @@ class _Forwarding(BaseHTTPRequestHandler):
 def environment(url: str) -> dict[str, str]:
     """Return the environment of a process that is to find the server."""
     return {**os.environ, **CREDENTIALS, "AWS_ENDPOINT_URL": url}
+
+
+def main() -> None:
+    address, port, bucket, flag = sys.argv[1:]
+
+    def refuses(method: str, path: str) -> bool:
+        refused = Path(flag).exists()
+        if refused:
+            print(f"refused {method} {path}", flush=True)
+        return refused
+
+    with s3_server(bucket) as server, front_of(server, refuses, address, int(port)):
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
