@@ -20,10 +20,16 @@ from llkd_ray.lineage import Lineage
 def test_every_rung_is_a_student_of_the_same_labels() -> None:
     base = load_experiment(QUICKSTART)
     ladder = student_over_teacher.ladder(base)
-    assert list(ladder) == ["encoder", "layers_3", "layers_1", "static"]
+    encoders = ["encoder", "layers_3", "layers_1"]
+    int8 = [f"{name}_int8" for name in encoders]
+    assert sorted(ladder) == sorted([*encoders, *int8, "static"])
     lineages = [Lineage(experiment) for experiment in ladder.values()]
     assert {lineage.labels.fingerprint for lineage in lineages} == {lineages[0].labels.fingerprint}
     assert len({lineage.student().fingerprint for lineage in lineages}) == 4
+    for name in encoders:
+        served = [Lineage(ladder[of]).served.fingerprint for of in (name, f"{name}_int8")]
+        assert served[0] == served[1]
+        assert ladder[f"{name}_int8"].serve.backend == "onnx-int8"
     assert ladder["encoder"] == base
 
 

@@ -2,7 +2,8 @@
 
 The quickstart's teacher labels its corpus once, and each rung of the ladder of students is trained
 on those labels by the quickstart's rule. Then the teacher and one student after the other are
-served by the same code on this machine, and the same client sends the same texts over HTTP.
+served by the same code on this machine, and the same client sends the same texts over HTTP. Each
+encoder is served once more in int8, where its export to int8 was accepted.
 
 What bounds a ratio stands beside it: what the student takes for 64 texts without HTTP, and how many
 more multiplications the teacher does for a text. The ratio of an LLM of 8 billion parameters is a
@@ -37,9 +38,31 @@ def ladder(base: Experiment) -> dict[str, Experiment]:
     found = {"encoder": base}
     for name, rung in student_ladder.rungs(base.student.model).items():
         if name in ("layers_3", "layers_1", "static"):
-            train = base.train.model_copy(update={"learning_rate": rung.learning_rate})
+            train = base.train.model_copy(
+                update={
+                    "learning_rate": rung.learning_rate,
+                }
+            )
             found[name] = base.model_copy(update={"student": rung.student, "train": train})
+        if name in ("encoder", "layers_3", "layers_1"):
+            serve = base.serve.model_copy(update={"backend": "onnx-int8"})
+            found[f"{name}_int8"] = found[name].model_copy(update={"serve": serve})
     return found
+
+
+def is_served(experiment: Experiment) -> bool:
+    """Return whether a trained rung can be served: int8 may have been refused."""
+    from llkd_ray.errors import StudentError
+    from llkd_ray.lineage import Lineage
+    from llkd_ray.student.runtime import onnx_file
+    from llkd_ray.student.train import MODEL
+
+    try:
+        onnx_file(Lineage(experiment).served.path / MODEL, experiment.serve.backend)
+    except StudentError as error:
+        print(f"left out: {error}", flush=True)
+        return False
+    return True
 
 
 def measure_all(base: Experiment, names: list[str], bench: BenchSection) -> dict[str, Any]:
@@ -66,6 +89,7 @@ def measure_all(base: Experiment, names: list[str], bench: BenchSection) -> dict
         label.label(base)
         for student in students.values():
             train.train(student)
+        students = {name: found for name, found in students.items() if is_served(found)}
         gold = read_texts(lineage.corpus.path, base.serve.max_text_chars)
         teacher = measure("teacher", base, gold, bench)
         print(line("teacher", teacher), flush=True)
