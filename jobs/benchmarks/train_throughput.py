@@ -35,7 +35,7 @@ from typing import Any
 import figures
 
 from llkd_ray import schema
-from llkd_ray.config import AllRule, LLKDRule, StudentSection, TrainSection
+from llkd_ray.config import AllRule, EncoderStudent, LLKDRule, TrainSection
 
 THREADS = 1
 # Of questions of a dozen tokens; as much work as 32 texts of a short paragraph.
@@ -54,7 +54,7 @@ def measure(rows: int, rounds: int, train: TrainSection) -> dict[str, Any]:
             validation=None,
             label_names=names,
             selection=AllRule(),
-            student=StudentSection(),
+            student=EncoderStudent(),
             train=train,
             expert={},
             seed=0,
