@@ -21,6 +21,7 @@ class Companion:
             work: What it is to measure, as JSON.
             environment: Variables beside those of this process.
         """
+        self._command = command
         self._process = subprocess.Popen(
             [sys.executable, *command],
             stdin=subprocess.PIPE,
@@ -43,7 +44,7 @@ class Companion:
         for line in self._process.stdout:
             if line.startswith(_MARK):
                 return float(line.removeprefix(_MARK))
-        raise RuntimeError(f"{' '.join(map(str, self._process.args))} ended before it answered")
+        raise RuntimeError(f"{' '.join(self._command)} ended before it answered")
 
     def close(self) -> None:
         """End the process, and what it has started."""

@@ -34,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -237,6 +237,7 @@ class Ground:
             runs.mkdir()
             if fault.happen is disk_full:
                 stack.enter_context(small_disk(runs))
+            scene: Callable[[hosts.Cluster], Scene]
             if issubclass(fault.scene, LabellingScene):
                 scene = functools.partial(fault.scene, runs=runs)
             elif fault.scene is TrainingScene:

@@ -131,7 +131,8 @@ def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
     """
     with contextlib.ExitStack() as stack:
         apart = namespaces_missing() is None
-        made = stack.enter_context(_namespaces(count) if apart else _loopback(count))
+        places = _namespaces if apart else _loopback
+        made = stack.enter_context(places(count))
         there = [
             Host(number, address, namespace, folder / f"host-{number}")
             for number, (address, namespace) in enumerate(made)
@@ -142,12 +143,12 @@ def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
 
 
 @contextlib.contextmanager
-def _loopback(count: int) -> Iterator[list[tuple[str, None]]]:
+def _loopback(count: int) -> Iterator[list[tuple[str, str | None]]]:
     yield [(f"127.0.0.{2 + number}", None) for number in range(count)]
 
 
 @contextlib.contextmanager
-def _namespaces(count: int) -> Iterator[list[tuple[str, str]]]:
+def _namespaces(count: int) -> Iterator[list[tuple[str, str | None]]]:
     """Make namespaces behind a bridge; yield the address and the name of each.
 
     The machine's end of a namespace's cable bears the name of the namespace.
@@ -173,7 +174,7 @@ def _namespaces(count: int) -> Iterator[list[tuple[str, str]]]:
             _ip("-n", name, "link", "set", "lo", "up")
             # Leads nowhere; Ray finds a host's own address by the way to some other one.
             _ip("-n", name, "route", "add", "default", "dev", _DEVICE)
-        yield list(zip(addresses, names, strict=True))
+        yield [*zip(addresses, names, strict=True)]
 
 
 def _free_net() -> ipaddress.IPv4Network:
@@ -382,6 +383,6 @@ def wait_for_end(processes: Sequence[psutil.Process]) -> None:
 def lives(process: psutil.Process) -> bool:
     """Tell whether a process runs; one that has ended may wait to be asked for its status."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False

@@ -87,7 +87,7 @@ class Killed(Labelling):
         """Wait until the ledger holds so many rows; for 0, until an engine is loading."""
         self.wait(lambda: len(self.answered) >= answered if answered else self._loading())
 
-    def kill(self, victim: str) -> list[psutil.Process]:
+    def strike(self, victim: str) -> list[psutil.Process]:
         """Kill, and return the processes that are to end with that; Ray's agents are left out."""
         assert self.process is not None
         driver = psutil.Process(self.process.pid)
@@ -188,7 +188,7 @@ def _label_with_kills(labelling: Killed, kills: Sequence[Kill]) -> list[Cost]:
         labelling.wait_for(goal)
         if costs:
             costs[-1].again = labelling.answered_again - again
-        _, seconds = _outliving(labelling.kill(kill.victim))
+        _, seconds = _outliving(labelling.strike(kill.victim))
         labelling.look()
         again = labelling.answered_again
         answered = len(labelling.answered)

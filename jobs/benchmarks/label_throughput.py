@@ -20,7 +20,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +201,7 @@ def open_bare(work: dict[str, Any]) -> Callable[[str], float]:
 
     llm = LLM(model=work["model"], **work["engine"])
     sampling = SamplingParams(**sampling_arguments(work["tokens"]))
-    forms = {
+    forms: dict[str, Any] = {
         "prompts": [{"prompt_token_ids": ids} for ids in work["prompts"]],
         "texts": work.get("texts"),
     }
@@ -282,10 +282,10 @@ def flops_per_row(config: Any, uncached_tokens: float, prompt_tokens: float) -> 
     attention = hidden * (2 * hidden + 2 * head * config.num_key_value_heads)
     weights = config.num_hidden_layers * (attention + 3 * hidden * config.intermediate_size)
     scores = 2 * config.num_hidden_layers * hidden * prompt_tokens
-    return uncached_tokens * 2 * (weights + scores) + 2 * hidden * config.vocab_size
+    return float(uncached_tokens * 2 * (weights + scores) + 2 * hidden * config.vocab_size)
 
 
-def _mean(values: list[Any]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 

@@ -97,7 +97,7 @@ def work(rank: int, meeting: str, rows: int, rounds: int, end: Connection) -> No
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORKERS)
     signals = drawn(rank, rows)
-    held = [signals.keys, signals.label, signals.gold, signals.teacher, signals.student]
+    held: list[Any] = [signals.keys, signals.label, signals.gold, signals.teacher, signals.student]
     result: dict[str, Any] = {
         "signals_mb": sum(values.nbytes for values in held if values is not None) / 1e6
     }

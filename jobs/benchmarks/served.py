@@ -186,7 +186,7 @@ class Load:
             seconds: For so long, or for so long after `until`.
             until: Set when what is to happen meanwhile has happened.
         """
-        tasks = []
+        tasks: list[asyncio.Task[Answer]] = []
         gaps = np.random.default_rng(0)
         async with self._client() as http, asyncio.TaskGroup() as group:
             began = time.perf_counter()

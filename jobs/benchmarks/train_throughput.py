@@ -211,7 +211,7 @@ def train_bare(rank: int, world_size: int, _folder: Path, work: Any, pipe: Conne
     import torch
 
     from llkd_ray.student.batches import Share, pad, read_rows
-    from llkd_ray.student.model import load_encoder, load_tokenizer, locate
+    from llkd_ray.student.model import load_tokenizer, load_untrained, locate
     from llkd_ray.student.order import lanes_for, plan_epoch
     from llkd_ray.student.step import learning_rate
 
@@ -228,7 +228,7 @@ def train_bare(rank: int, world_size: int, _folder: Path, work: Any, pipe: Conne
     )
     rows = every.subset(Share(rank, world_size, lanes).of(every.lower))
     num_steps = -(-len(every) // train.batch_size)
-    model = load_encoder(work.student, work.label_names, seed=work.seed).train()
+    model = load_untrained(work.student, work.label_names, seed=work.seed).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=0.0, weight_decay=train.weight_decay, fused=True
     )
@@ -256,7 +256,7 @@ def train_bare(rank: int, world_size: int, _folder: Path, work: Any, pipe: Conne
             done = (epoch - 1 + (step + 0.5) / num_steps) / train.epochs
             optimizer.param_groups[0]["lr"] = learning_rate(train, done)
             loss = torch.nn.functional.cross_entropy(model(**inputs).logits, target)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
