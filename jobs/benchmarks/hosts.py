@@ -258,8 +258,12 @@ class Cluster:
             ClusterError: It did not start.
         """
         role = ["--num-cpus", "1", "--address", self.address]
-        # Teachers on CPUs would suffer from Ray's own default of 15.
-        environment = {"RAY_worker_niceness": "0"}
+        environment = {
+            # Teachers on CPUs would suffer from Ray's own default of 15.
+            "RAY_worker_niceness": "0",
+            # As every cluster definition has it: a request whose replica dies is sent again.
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "llkd_ray.serving.ingress.middlewares",
+        }
         if host is self.head:
             role = ["--head", "--num-cpus", "0", "--port", str(GCS_PORT), "--redis-password", ""]
             role += ["--dashboard-host", host.address, "--dashboard-port", str(DASHBOARD_PORT)]
