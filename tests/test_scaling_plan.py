@@ -17,16 +17,16 @@ def test_one_teacher_without_start_up_takes_rows_over_rate() -> None:
 
 
 def test_teachers_start_anew_for_every_window() -> None:
-    times = simulate(Stage(rows=2 * 2000 * 64 * 64 + 1, actors=8, rows_per_s=100, start_up_s=60))
+    times = simulate(Stage(rows=2 * 8000 * 128 * 64 + 1, actors=8, rows_per_s=100, start_up_s=60))
     assert times.windows == 3
     assert times.start_up_s == 180
-    assert times.files == 2000 * 64
-    assert times.driver_mb == pytest.approx(10)
+    assert times.files == 8000 * 128
+    assert times.driver_mb == pytest.approx(40)
 
 
 def test_more_teachers_never_ask_longer_and_then_something_else_takes_longest() -> None:
     runs = [
-        simulate(Stage(rows=20_000_000, actors=actors, rows_per_s=100)) for actors in (8, 64, 512)
+        simulate(Stage(rows=20_000_000, actors=actors, rows_per_s=100)) for actors in (8, 64, 2048)
     ]
     asked = [run.ask_s for run in runs]
     assert asked == sorted(asked, reverse=True)
