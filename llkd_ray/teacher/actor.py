@@ -128,22 +128,25 @@ class TeacherActor:
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         """Answer a batch; the table returned only counts them (`count`)."""
-        entries = await asyncio.to_thread(self._written, batch)
-        if entries is None:
-            answers = await self._read(batch.column("text").to_pylist())
-            entries = self._entries(batch, answers)
-            await asyncio.to_thread(self._write, entries, batch.column("parts"))
-            self._export(entries)
-        counts = count(entries, self._ledger.num_classes)
+        written = await asyncio.to_thread(self._written, batch)
+        counts = await self._ask(batch) if written is None else self._count(written)
         return counts.append_column("actor", pa.array([self._name])).append_column(
             "alive_s", pa.array([time.perf_counter() - self._started])
         )
 
-    def _export(self, entries: pa.Table) -> None:
-        counts = count(entries, self._ledger.num_classes)
+    async def _ask(self, batch: pa.Table) -> pa.Table:
+        """Ask about a batch, write the answers down, tell Prometheus; return their counts."""
+        answers = await self._read(batch.column("text").to_pylist())
+        entries = self._entries(batch, answers)
+        await asyncio.to_thread(self._write, entries, batch.column("parts"))
+        counts = self._count(entries)
         for name, counter in self._counters.items():
             if value := counts.column(name)[0].as_py():
                 counter.inc(value)
+        return counts
+
+    def _count(self, entries: pa.Table) -> pa.Table:
+        return count(entries, self._ledger.num_classes)
 
     async def _read(self, texts: list[str]) -> list[Answer]:
         """Ask the teacher, and when it dies of something, a new one."""
