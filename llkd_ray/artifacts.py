@@ -202,7 +202,7 @@ def make(artifact: Artifact, *, resume: bool = False) -> Iterator[Draft]:
             inputs=dict(artifact.inputs),
             versions=_versions(),
             commit=_commit(),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="microseconds"),
             seconds=round(time.perf_counter() - started, 3),
             rows=rows,
             details=draft.details,

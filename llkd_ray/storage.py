@@ -221,8 +221,8 @@ def put(path: Path) -> None:
 def commit(folder: Path, to: Path, last: str) -> None:
     """Put a folder's files into another place of the store, and the one that says so last.
 
-    What a try before this one left there is overwritten or removed. Until `last` is there, and it
-    must not be when this is called, a reader takes nothing for whole.
+    What a try before this one left there is overwritten or removed. Until `last` is there, a reader
+    takes nothing for whole; where it is there, somebody was first, and this does nothing.
 
     Args:
         folder: Of a mirror, finished.
@@ -232,12 +232,16 @@ def commit(folder: Path, to: Path, last: str) -> None:
     place = _place(to)
     assert place is not None
     paths = [path for path in _local_files(folder) if path != folder / last]
-    _upload(folder, paths, place)
-    kept = {path.relative_to(folder).as_posix() for path in paths}
     with _told(place):
-        for file in _files(place):
-            if file.name not in kept:
-                place.filesystem.delete_file(f"{place.path}/{file.name}")
+        # Asked for before the first PUT: of two that are at it, the second to end must not remove
+        # what the first has made whole.
+        found = {file.name for file in _files(place)}
+        if last in found:
+            return
+        for name in found - {path.relative_to(folder).as_posix() for path in paths}:
+            with contextlib.suppress(FileNotFoundError):
+                place.filesystem.delete_file(f"{place.path}/{name}")
+    _upload(folder, paths, place)
     _upload(folder, [folder / last], place)
 
 

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -215,6 +216,34 @@ def test_two_makers_on_two_nodes_leave_a_whole_artifact(s3: str, runs: str, tmp_
     made, seen = artifact(runs, tmp_path / "here"), artifact(runs, tmp_path / "third")
     assert stored(made) == {*names, MANIFEST}
     assert contents(seen.require().path) == contents(made.require().path)
+
+
+def test_who_comes_second_does_not_take_away_what_the_first_has_made_whole(
+    s3: str, runs: str, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, str]] = []
+    at_it, may_go_on = threading.Event(), threading.Event()
+
+    def holds_the_first_put(method: str, path: str) -> bool:
+        asked.append((method, path))
+        if method == "PUT":
+            at_it.set()
+            assert may_go_on.wait(60)
+        return False
+
+    made = artifact(runs, tmp_path / "here")
+    with (
+        front_of(s3, holds_the_first_put) as front,
+        maker(front, runs, tmp_path / "there", "a", "b") as second,
+    ):
+        assert at_it.wait(60)
+        fill(made, "a", "b")
+        may_go_on.set()
+        assert second.communicate(timeout=60)[0].split() == ["True"]
+    assert ("PUT", "a") in {(method, path.rpartition("/")[2]) for method, path in asked}
+    manifest = f"{made.path.name}/{MANIFEST}"
+    assert not [path for method, path in asked if method == "DELETE" and path.endswith(manifest)]
+    assert stored(made) == {"a", "b", MANIFEST}
 
 
 def test_what_another_node_writes_reaches_the_maker(runs: str, tmp_path: Path) -> None:
