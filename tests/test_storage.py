@@ -487,7 +487,9 @@ def test_nodes_that_share_no_disk_label_and_train(
             *(f"runs={runs}", f"cache={cache}", "teacher.kind=scripted", *SMALL),
             # So many shards that both passes of the calibration go to the other node, too.
             *("corpus.shard_rows=50", "teacher.max_unlabeled_rows=1700", "train.num_workers=2"),
-            *(f"student.model={small_encoder}", "student.max_length=64"),
+            # Whose vectors the driver makes, and workers find in the store.
+            *("student.kind=static", f"student.model={small_encoder}", "student.dimensions=16"),
+            "student.max_length=64",
         )
     )
     with two_nodes(s3, cache, tmp_path / "log") as (address, of_node):
