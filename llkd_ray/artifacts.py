@@ -116,9 +116,9 @@ class Artifact:
     def made(self) -> bool:
         """Whether it is whole; in a store, whatever this node's mirror holds.
 
-        One that was whole here when its upload was cut off is uploaded now.
+        One that was whole here when its commit was cut off is committed now.
         """
-        if storage.in_store(self.making) and (self.making / MANIFEST).is_file():
+        if (self.making / MANIFEST).is_file():
             # Its maker is at it, where the lock is held.
             with contextlib.suppress(ArtifactError), _only_maker(self):
                 if self.making.is_dir():
@@ -213,12 +213,12 @@ def make(artifact: Artifact, *, resume: bool = False) -> Iterator[Draft]:
 
 def _publish(artifact: Artifact) -> None:
     """Give a finished folder its name."""
+    if storage.exists(artifact.path / MANIFEST):
+        # Somebody was first. The same settings and inputs made both.
+        storage.remove(artifact.making)
+        return
     if not storage.in_store(artifact.path):
         os.replace(artifact.making, artifact.path)
-        return
-    if storage.exists(artifact.path / MANIFEST):
-        # Somebody on another node was first. The same settings and inputs made both.
-        storage.remove(artifact.making)
         return
     storage.commit(artifact.making, artifact.path, last=MANIFEST)
     if artifact.path.exists():

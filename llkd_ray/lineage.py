@@ -226,7 +226,8 @@ class Lineage:
                 **_only(experiment.guide, "rounds", "patience"),
                 "evaluate": _only(experiment.evaluate, "bootstrap_resamples", "calibration_bins"),
             },
-            self.lessons(1),
+            # All others follow from it, and from the settings that it follows from.
+            self.round(1),
         )
 
     @property

@@ -106,6 +106,27 @@ def test_two_processes_cannot_make_the_same_artifact(tmp_path: Path) -> None:
     assert wanted.made
 
 
+def test_who_ends_second_leaves_what_the_first_has_made(tmp_path: Path) -> None:
+    wanted = artifact(tmp_path, a=1)
+    for name in ("first", "second"):  # The second had asked before the first was there.
+        with make(wanted) as draft:
+            (draft.folder / name).write_text(name)
+            draft.rows = Rows(taken=0, kept=0, rejected=0)
+    assert (wanted.path / "first").is_file()
+    assert not (wanted.path / "second").exists()
+    assert not wanted.making.exists()
+
+
+def test_what_lacked_its_name_alone_when_it_was_killed_is_made(tmp_path: Path) -> None:
+    wanted = artifact(tmp_path, a=1)
+    with make(wanted) as draft:
+        draft.rows = Rows(taken=0, kept=0, rejected=0)
+    wanted.path.rename(wanted.making)
+    assert wanted.made
+    assert wanted.path.is_dir()
+    assert not wanted.making.exists()
+
+
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "f"
     write_text(path, "old")

@@ -5,9 +5,11 @@ import pytest
 from training_data import questions
 
 from llkd_ray.config import ChecksSection
+from llkd_ray.guided import duplicates
 from llkd_ray.guided.checks import Checks, Sample
 from llkd_ray.guided.duplicates import Seen, normal_words
 from llkd_ray.guided.form import Form
+from llkd_ray.guided.sift import calibrated
 
 SURE, UNSURE = np.array([0.002, 0.996, 0.002]), np.array([0.3, 0.4, 0.3])
 ALIKE = np.array([1 / 3, 1 / 3, 1 / 3])
@@ -126,3 +128,40 @@ def test_normal_words_forget_case_punctuation_and_white_space():
         *("whats", "this", "then", "at", "3", "pm")
     ]
     assert normal_words("\uff37\uff28\uff29\uff34\uff25") == ["white"]
+    assert normal_words("GPT\u6a21\u578b\u3002 \u597d") == ["gpt", "\u6a21", "\u578b", "\u597d"]
+
+
+def test_of_scripts_without_spaces_a_sign_is_a_word():
+    text = "\u8fd9\u90e8\u7535\u5f71\u975e\u5e38\u597d\u770b"
+    seed = ["\u6211\u7684\u94f6\u884c\u5361\u4e22\u4e86\u600e\u4e48\u529e\uff1f"]
+    checks = checks_of(seed, [text])
+    assert checks.seen.find(text.replace("\u597d", "\u96be")) == (
+        "nearly the same as a text of the test split"
+    )
+    assert checks.reason_against(sample("\u6628\u5929\u4e70\u7684\u624b\u673a\u574f\u4e86")) is None
+    assert checks.reason_against(sample("\u6628\u5929")) == "too short"
+
+
+def test_another_word_is_no_leak_of_a_single_one():
+    seen = Seen(0.9)
+    seen.add("the test split", "Refund", held_out=True)
+    seen.add("the test split", "reset password", held_out=True)
+    leak = "nearly the same as a text of the test split"
+    assert [seen.find(text) for text in ("hello", "refund now", "change password", "reset")] == [
+        *(None, leak, leak, leak)
+    ]
+
+
+def test_more_words_than_there_are_codes_drop_a_text_too_many_at_most(monkeypatch):
+    monkeypatch.setattr(duplicates, "_CODES", 4)
+    seen = Seen(0.9)
+    seen.add("the test split", "one two three four five six", held_out=True)
+    assert seen.find("one two three four five sixteen") is not None
+    assert seen.find("ten eleven twelve") is None
+
+
+def test_a_label_that_no_text_was_written_for_is_not_taken_for_a_rare_one():
+    logprobs = np.log([[0.94, 0.02, 0.02, 0.02], [0.9, 0.05, 0.03, 0.02]])
+    np.testing.assert_allclose(calibrated(logprobs, np.array([0, 0])), np.exp(logprobs))
+    logprobs = np.log([[0.9, 0.1], [0.6, 0.4]])
+    assert calibrated(logprobs, np.array([0, 1])).argmax(axis=1).tolist() == [0, 1]

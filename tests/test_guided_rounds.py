@@ -17,11 +17,12 @@ import pytest
 from conftest import QUICKSTART, ROOT, Run, command
 
 from llkd_ray import schema
-from llkd_ray.artifacts import Rows, make
+from llkd_ray.artifacts import MANIFEST, Rows, make
 from llkd_ray.config import Label, SamplingSection, load_experiment
 from llkd_ray.errors import ArtifactError, ConfigError, TeacherError
 from llkd_ray.guided.asking import report_of
 from llkd_ray.guided.lessons import author_of, opening_of
+from llkd_ray.guided.mixture import lay_out
 from llkd_ray.guided.prompt import bare, decoding, text_in, writing_prompt
 from llkd_ray.guided.rounds import best_of, is_over, make_lessons, make_seed
 from llkd_ray.guided.seed import SHARD, TRAIN, VALIDATION, read_seed, write_labelled
@@ -251,6 +252,21 @@ def test_a_round_that_goes_on_from_the_last_student_is_another_round(run):
     assert last.lessons(1).path == fresh.lessons(1).path
     assert last.round(1).path != fresh.round(1).path
     assert last.lessons(2).path != fresh.lessons(2).path
+    assert last.guided.path != fresh.guided.path
+
+
+def test_the_rule_of_rounds_that_start_from_a_student_is_one_of_the_guided_student(run):
+    def of(*more):
+        return Run((*run.overrides, "guide.start=student", *more)).lineage
+
+    assert of("guide.rule=llkd").round(0).path == of().round(0).path
+    assert of("guide.rule=llkd").guided.path != of().guided.path
+    assert of("guide.rule=llkd").mixture.path != of().mixture.path
+
+
+def test_rows_of_a_round_that_is_not_there_are_missed(run, tmp_path):
+    with pytest.raises(ArtifactError, match=r"lessons .* is not there"):
+        lay_out([run.lineage.lessons(1)], tmp_path / "out")
 
 
 def with_untrained_student(lineage: Lineage) -> None:
@@ -350,6 +366,13 @@ def test_what_is_written_is_not_asked_for_again_and_every_text_is_kept_or_has_it
     assert f"{len(kept)} of {len(samples)} texts" in card
     assert "| no end | 1 |" in card
     assert not (folder / "parts").exists()
+
+    # A kill when all is done but the commit; without Ray, nobody could be asked again.
+    folder.rename(lineage.lessons(1).making)
+    (lineage.lessons(1).making / MANIFEST).unlink()
+    make_lessons(lineage, 1)
+    assert pq.read_table(folder / "samples.parquet").to_pylist() == samples
+    assert pq.read_table(folder / "unlabeled").to_pylist() == kept
 
 
 def kill_after_the_first_part(job: subprocess.Popen[bytes], parts: Path) -> None:

@@ -53,7 +53,8 @@ class ChecksSection(Section):
     the prompt."""
     near: OpenFraction = 0.9
     """Texts that are this much alike, by edits of characters, are near duplicates. A text that
-    differs from a validation or test text in one word is always one."""
+    differs from a validation or test text in one word, and not in all, is always one; of scripts
+    without spaces, such as Han, in one sign."""
     min_confidence: Fraction = 0.5
     """The teacher itself, asked for the label of its text, must give the one that it was asked to
     write, with at least this confidence; 0 does not ask for agreement."""

@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from llkd_ray.config import ChecksSection
+from llkd_ray.guided.words import words_of
 
 # Of a text of so many words, fewer than half distinct ones are the mark of a model in a loop.
 _LOOP_WORDS, _LEAST_DISTINCT = 8, 0.5
@@ -39,7 +40,7 @@ class Form:
             prompt_parts: Such as prefixes of text and label; those that stand in the seed itself
                 are no sign of anything.
         """
-        lengths = [len(text.split()) for text in texts]
+        lengths = [len(words_of(text)) for text in texts]
         shorter, longer = section.length
         joined = "\n".join(texts)
         return cls(
@@ -51,15 +52,16 @@ class Form:
 
     def problem(self, text: str) -> str | None:
         """Say what is wrong with a text, None if nothing is."""
-        words = text.split()
-        if len(words) < self.words[0]:
+        length = len(words_of(text))
+        if length < self.words[0]:
             return "too short"
-        if len(words) > self.words[1]:
+        if length > self.words[1]:
             return "too long"
         if not self.noise:
             return None
         if _kinds(text) - self.kinds:
             return "characters that are foreign to the seed"
+        words = text.split()
         distinct = {word.casefold() for word in words}
         if len(words) >= _LOOP_WORDS and len(distinct) < _LEAST_DISTINCT * len(words):
             return "words over and over"

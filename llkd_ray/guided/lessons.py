@@ -28,7 +28,7 @@ from llkd_ray.guided.evaluation import render
 from llkd_ray.guided.prompt import writing_prompt
 from llkd_ray.guided.seed import TRAIN, VALIDATION, Seed, examples_of, read_seed
 from llkd_ray.guided.shown import draw, sort_rows
-from llkd_ray.guided.sift import Sources, sift
+from llkd_ray.guided.sift import SAMPLES, Sources, sift
 from llkd_ray.guided.write import Round, write
 from llkd_ray.teacher.actor import Opening
 from llkd_ray.teacher.wording import label_words
@@ -62,13 +62,18 @@ def write_lessons(
     storage.here(folder)
     if not (folder / PROMPTS).is_file():
         _write_prompts(sources, experiment, opening, of, folder)
-    written = write(
-        pq.read_table(folder / PROMPTS),
-        folder / _PARTS,
-        opening=opening,
-        sampling=guide.sampling,
-        of=of,
-    )
+    if (folder / SAMPLES).is_file() and not (folder / _PARTS).is_dir():
+        # A kill at the very end: what was written is there as it was checked.
+        columns = schema.written(len(task.labels)).names
+        written = pq.read_table(folder / SAMPLES, columns=columns)
+    else:
+        written = write(
+            pq.read_table(folder / PROMPTS),
+            folder / _PARTS,
+            opening=opening,
+            sampling=guide.sampling,
+            of=of,
+        )
     reasons = sift(written, sources, experiment, folder)
     dropped = Counter(reason for reason in reasons if reason is not None)
     kept = len(reasons) - dropped.total()
@@ -82,7 +87,7 @@ def write_lessons(
     }
     card = data_card(experiment, number, written=len(reasons), kept=kept, dropped=dropped)
     write_text(folder / "README.md", card)
-    shutil.rmtree(folder / _PARTS)
+    shutil.rmtree(folder / _PARTS, ignore_errors=True)
     return Rows(taken=len(reasons), kept=kept, rejected=dropped.total()), details
 
 

@@ -40,13 +40,16 @@ def lay_out(parts: Sequence[Artifact], folder: Path) -> list[tuple[int, int]]:
 
     Returns:
         For each part, how many rows it has and how many of them were copied.
+
+    Raises:
+        ArtifactError: One is not made.
     """
     folder.mkdir(parents=True)
     seen: set[str] = set()
     counts, number = [], 0
     for part in parts:
         taken = copied = 0
-        for shard in read_shards(part.path / TRAIN):
+        for shard in read_shards(part.require().path / TRAIN):
             table = pq.read_table(shard)
             ids = table.column("row_id").to_pylist()
             fresh = table.filter(pa.array([id_ not in seen for id_ in ids], pa.bool_()))

@@ -53,7 +53,7 @@ def sift(
     rows = written.to_pylist()
     asked = np.array([names.index(row["label"]) for row in rows], dtype=np.int64)
     logprobs = np.array([row["logprobs"] or [np.nan] * len(names) for row in rows])
-    teacher = _calibrated(logprobs, asked)
+    teacher = calibrated(logprobs, asked)
     student = probabilities_of_texts([row["text"] for row in rows], sources.student, experiment)
     checks = _checks(sources, experiment)
     reasons = [
@@ -100,6 +100,27 @@ def sift(
     return reasons
 
 
+def calibrated(logprobs: Floats, asked: Ints) -> Floats:
+    """Return the teacher's distributions [N, C] of its own texts, NaN where it has none.
+
+    The teacher's preference for labels is its mean answer over the texts, each asked label with
+    the same share, whatever the budget; batch calibration (arXiv 2309.17249) on what is balanced
+    by design. Where no text of some label came of the budget, nothing is known of the preference
+    for it, and the distributions stay as they are.
+    """
+    told = ~np.isnan(logprobs).any(axis=1)
+    result = np.full(logprobs.shape, np.nan)
+    if told.any():
+        raw = softmax(logprobs[told])
+        of_label = [raw[asked[told] == label].mean(axis=0) for label in np.unique(asked[told])]
+        if len(of_label) < logprobs.shape[1]:
+            result[told] = raw
+        else:
+            calibration = Calibration.dividing_by(np.mean(of_label, axis=0))
+            result[told] = calibration.probabilities(logprobs[told])
+    return result
+
+
 def _checks(sources: Sources, experiment: Experiment) -> Checks:
     task, section = experiment.task, experiment.guide.checks
     seen = Seen(section.near)
@@ -119,23 +140,6 @@ def _checks(sources: Sources, experiment: Experiment) -> Checks:
                 seen.add(GENERATED, text)
     parts = (task.text_prefix, task.label_prefix)
     return Checks(section, Form.of([*train, *validation], section, parts), seen)
-
-
-def _calibrated(logprobs: Floats, asked: Ints) -> Floats:
-    """Return the teacher's distributions [N, C] of its own texts, NaN where it has none.
-
-    The teacher's preference for labels is its mean answer over the texts, each asked label with
-    the same share, whatever the budget; batch calibration (arXiv 2309.17249) on what is balanced
-    by design.
-    """
-    told = ~np.isnan(logprobs).any(axis=1)
-    result = np.full(logprobs.shape, np.nan)
-    if told.any():
-        raw = softmax(logprobs[told])
-        of_label = [raw[asked[told] == label].mean(axis=0) for label in np.unique(asked[told])]
-        calibration = Calibration.dividing_by(np.mean(of_label, axis=0))
-        result[told] = calibration.probabilities(logprobs[told])
-    return result
 
 
 def _read(teacher: Floats, names: Sequence[str]) -> dict[str, Any]:

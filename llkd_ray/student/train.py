@@ -5,6 +5,7 @@ import logging
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from llkd_ray.student.worker import Work
 from llkd_ray.teacher.pretrained import is_on_hub
 
 _log = logging.getLogger(__name__)
+# Of Ray Train: its list of checkpoints.
+_SNAPSHOT = "*snapshot*.json"
 MODEL = "model"
 """Folder of the exported student inside its artifact."""
 AUDIT, EPOCHS = "audit.parquet", "epochs.parquet"
@@ -154,7 +157,7 @@ def train(
     export(best / STUDENT, out / MODEL, card)
     set_temperature(out / MODEL, temperature)
     storage.here(out / SIGNALS)
-    storage.remove(out / RUN)
+    _forget(out / RUN)
     storage.remove(out / UNTRAINED)
     trained_on = progress.epochs[-1]["rows"]
     assert trained_on == num_rows or section.stopping.held_out_fraction, "rows got lost"
@@ -185,9 +188,17 @@ def found_from_anywhere(student: StudentSection, cache: str, shared: Path) -> St
     return student.model_copy(update={"model": str(folder.resolve())})
 
 
+def _forget(run: Path) -> None:
+    """Remove what Ray Train left, first its list of checkpoints: one of lost ones is refused."""
+    for name in storage.names(run):
+        if fnmatch(name, _SNAPSHOT):
+            storage.remove(run / name)
+    storage.remove(run)
+
+
 def _drop_broken_run(run: Path) -> None:
     """Remove a run whose list of checkpoints a kill left half-written: Ray Train refuses it."""
-    for snapshot in run.glob("*snapshot*.json"):
+    for snapshot in run.glob(_SNAPSHOT):
         try:
             json.loads(snapshot.read_text(encoding="utf-8"))
         except ValueError:
