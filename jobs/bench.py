@@ -57,16 +57,19 @@ def targets(experiment: Experiment) -> "Generator[Target, None, None]":
     from llkd_ray.serving.ingress import environment_of
 
     section = experiment.bench
+    own = _token(experiment.serve.token_env)
+    others = [
+        Target(other.name, other.url, other.protocol, token=_token(other.token_env))
+        for other in section.others
+    ]
     os.environ.update(environment_of(experiment.serve))  # Serve reads it when it is imported.
     with ExitStack() as stack:
         if any(section.url_of(name) is None for name in section.targets):
             stack.enter_context(ray_session(experiment.ray))
         for name in section.targets:
             with endpoint(experiment, name) as url:
-                token = _token(experiment.serve.token_env)
-                yield Target(name, url, kind=name, token=token)
-    for other in section.others:
-        yield Target(other.name, other.url, other.protocol, token=_token(other.token_env))
+                yield Target(name, url, kind=name, token=own)
+    yield from others
 
 
 def endpoint(experiment: Experiment, name: ServeTarget) -> AbstractContextManager[str]:
@@ -84,7 +87,9 @@ def endpoint(experiment: Experiment, name: ServeTarget) -> AbstractContextManage
 
 
 def _token(variable: str | None) -> str | None:
-    return os.environ.get(variable) if variable else None
+    from llkd_ray.serving.access import read_token
+
+    return read_token(variable) if variable else None
 
 
 if __name__ == "__main__":

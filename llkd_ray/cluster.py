@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import ray
 
 from llkd_ray.config import RaySection
-from llkd_ray.errors import ClusterError
+from llkd_ray.errors import ClusterError, LLKDError
 
 # These warn of what is meant to be: a private cluster asks for a token that Ray makes itself, a
 # library joins the session that a job has opened, and progress is shown by the job.
@@ -52,9 +52,19 @@ def each(
     for item in items:
         waiting.append(task.remote(item))
         if len(waiting) == _TASKS_IN_FLIGHT:
-            yield ray.get(waiting.popleft())
+            yield result_of(waiting.popleft())
     while waiting:
-        yield ray.get(waiting.popleft())
+        yield result_of(waiting.popleft())
+
+
+def result_of(task: Any) -> Any:
+    """Return what a Ray task returns, and raise what it raised for people to read as it was."""
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, LLKDError):
+            raise error.cause from None
+        raise
 
 
 @functools.cache

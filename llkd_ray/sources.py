@@ -35,6 +35,8 @@ _BATCH_BYTES = 64_000_000
 # A line or field beyond this is a file gone wrong, a quote left open for instance; it bounds what
 # is held of a file that has no line ends at all.
 _MAX_LINE = 256_000_000
+# Objects of a JSONL file that may come before the first one with gold.
+_OBJECTS_WITHOUT_GOLD = 100_000
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,8 @@ def _read_csv(file: _File, text: str, gold: str | None) -> Iterator[SourceRow]:
 
 
 def _read_jsonl(file: _File, text: str, gold: str | None) -> Iterator[SourceRow]:
-    found = False
+    objects, without_gold = 0, True
+    names: list[str] = []
     with (
         file.filesystem.open_input_stream(file.path) as stream,
         io.BufferedReader(stream, 1 << 20) as lines,
@@ -293,10 +296,16 @@ def _read_jsonl(file: _File, text: str, gold: str | None) -> Iterator[SourceRow]
             if not isinstance(row, dict):
                 yield SourceRow(where, Unreadable("the line is no object", repr(raw[:100])), None)
                 continue
-            if not found:
-                _demand_columns(file, list(row), text, gold)
-                found = True
+            if not objects:
+                names = list(row)
+                _demand_columns(file, names, text, None)
+            objects += 1
+            without_gold = without_gold and gold not in row
+            if objects == _OBJECTS_WITHOUT_GOLD and without_gold:
+                _demand_columns(file, names, text, gold)
             yield SourceRow(where, row.get(text), row.get(gold) if gold else None)
+    if objects and without_gold:
+        _demand_columns(file, names, text, gold)
 
 
 def _lines(stream: IO[AnyStr]) -> Iterator[AnyStr]:

@@ -11,16 +11,18 @@ from typing import Any
 import ray
 
 from llkd_ray.artifacts import fingerprint, write_text
+from llkd_ray.cluster import result_of
 from llkd_ray.compare.plots import curves
 from llkd_ray.compare.table import Line, tabulate
 from llkd_ray.compare.trial import Trial, read_gold, read_trial, run_trial
 from llkd_ray.compare.variants import Variant, variants_of
 from llkd_ray.config import Experiment, RandomRule, rule_named
+from llkd_ray.errors import LLKDError
 from llkd_ray.lineage import Lineage
 from llkd_ray.metrics import accuracy, macro_f1
 from llkd_ray.student.engine import read_expert_settings
 from llkd_ray.student.model import check_student
-from llkd_ray.student.train import UNTRAINED, found_from_anywhere
+from llkd_ray.student.train import UNTRAINED, count_rows, found_from_anywhere
 from llkd_ray.student.worker import Work
 
 _log = logging.getLogger(__name__)
@@ -149,8 +151,11 @@ def _trials(
                 kept[seed] = answer
     while waiting:
         [answer], _ = ray.wait(list(waiting), num_returns=1)
-        ray.get(answer)
         name, seed = waiting.pop(answer)
+        try:
+            result_of(answer)
+        except LLKDError as error:
+            raise type(error)(f"{name}, seed {seed}: {error}") from None
         trial = read_trial(files[name, seed])
         assert trial is not None
         yield name, seed, trial
@@ -160,9 +165,10 @@ def _work(variant: Variant, out: Path) -> Work:
     experiment = variant.experiment
     # Its own labels: a variant may be another calibration.
     lineage = Lineage(experiment)
+    validation = (lineage.corpus.path / "validation").resolve()
     return Work(
         labels=(lineage.labelled.require().path / "unlabeled").resolve(),
-        validation=(lineage.corpus.path / "validation").resolve(),
+        validation=validation if count_rows(validation, with_gold=True) else None,
         label_names=experiment.task.label_names,
         selection=experiment.selection,
         student=found_from_anywhere(experiment.student, experiment.cache, out / UNTRAINED),

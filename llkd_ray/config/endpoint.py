@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic import model_validator as validator
 
-from llkd_ray.config.section import Name, Section
+from llkd_ray.config.section import Address, Name, Section
 
 ServeTarget = Literal["student", "teacher", "cascade"]
 """What an experiment can serve."""
@@ -99,7 +99,7 @@ class OtherEndpoint(Section):
     """An endpoint that serves already, to be measured beside the experiment's own."""
 
     name: Name
-    url: str
+    url: Address
     protocol: ProtocolName = "llkd"
     token_env: str | None = None
     """Name of the environment variable with the bearer token that it asks for."""
@@ -113,9 +113,9 @@ class BenchSection(Section):
     targets: tuple[ServeTarget, ...] = ("teacher", "student")
     """Which of the experiment's own are measured; teacher and student must be among them."""
     others: tuple[OtherEndpoint, ...] = ()
-    student_url: str | None = None
+    student_url: Address | None = None
     """A student that already serves; without it the job deploys one and takes it down."""
-    teacher_url: str | None = None
+    teacher_url: Address | None = None
     """A teacher that already serves; likewise."""
     warmup_requests: PositiveInt = 4
     """Requests of one text each; one of 64 follows them."""
@@ -164,6 +164,8 @@ class BenchSection(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"{twice[0]!r} names two endpoints of targets and others")
+        if len(set(self.concurrency)) < len(self.concurrency):
+            raise ValueError("concurrency names a number twice; a sweep of it is one measure")
         if not {"teacher", "student"} <= set(self.targets):
             raise ValueError("targets must have teacher and student, which are compared")
         return self

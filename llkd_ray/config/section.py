@@ -35,6 +35,17 @@ def _plain(uri: str) -> str:
     return uri
 
 
+def _without_login(url: str) -> str:
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        raise ValueError(
+            "this address carries a user name or a password, which every report would show: take "
+            "them out, and name the variable that holds a token in token_env"
+        )
+    return url
+
+
+Address = Annotated[Text, AfterValidator(_without_login)]
+"""The URL of an endpoint."""
 Location = Annotated[Text, AfterValidator(_without_credentials)]
 """A folder, file or URI."""
 PlainLocation = Annotated[Location, AfterValidator(_plain)]

@@ -3,7 +3,7 @@
 import difflib
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt
 
 from llkd_ray.config.section import Fraction, Section
 
@@ -43,7 +43,7 @@ class RandomRule(Section):
     rule: Literal["random"] = "random"
     fraction: Share = 0.25
     """Share of the rows to keep."""
-    kept: tuple[PositiveInt, ...] = ()
+    kept: tuple[NonNegativeInt, ...] = ()
     """Rows to keep in each epoch, instead of a fraction: as many as another run kept. The last
     number stands for later epochs."""
 

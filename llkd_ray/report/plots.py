@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, StrMeth
 from llkd_ray.metrics import Floats, ReliabilityBin
 from llkd_ray.report.figures import INK, MARKERS, SERIES, STUDENT, TEACHER, styled
 from llkd_ray.report.summary import readable
-from llkd_ray.schema import BenchSummary, CascadeSummary, ModelScore
+from llkd_ray.schema import BenchSummary, Bounded, CascadeSummary, ModelScore
 
 _MOST_LINES = 8
 _MOST_ROWS = 20
@@ -220,7 +220,7 @@ def accuracy(
             axes.errorbar(
                 [rows[best[rule] - 1]],
                 [value.value],
-                yerr=[[value.value - value.low], [value.high - value.value]],
+                yerr=_bars(value),
                 color=color,
                 marker="*",
                 markersize=13,
@@ -357,7 +357,7 @@ def cascade(curve: pa.Table, summary: CascadeSummary) -> Figure:
             axes.errorbar(
                 [score.teacher_fraction + aside],
                 [value.value],
-                yerr=[[value.value - value.low], [value.high - value.value]],
+                yerr=_bars(value),
                 color=INK,
                 marker=marker,
                 markersize=8 if marker == "D" else 13,
@@ -372,6 +372,11 @@ def cascade(curve: pa.Table, summary: CascadeSummary) -> Figure:
     axes.yaxis.set_major_formatter(_percent())
     figure.legend(loc="outside lower center", ncols=2)
     return figure
+
+
+def _bars(value: Bounded) -> list[list[float]]:
+    """Return an interval as bars below and above; of few resamples it may miss the value."""
+    return [[max(0.0, value.value - value.low)], [max(0.0, value.high - value.value)]]
 
 
 def _percent() -> FuncFormatter:

@@ -237,7 +237,8 @@ def _random(
     )
     one_class = np.zeros(len(signals), dtype=np.int64)
     cut = cuts(score, one_class, np.array([wanted]), all_reduce=all_reduce)[0]
-    return _kept(score >= cut, signals, state)
+    # A cut keeps a row at least.
+    return _kept((score >= cut) & (wanted > 0), signals, state)
 
 
 def _score(rule: TopFractionRule, signals: Signals, all_reduce: AllReduce) -> Floats:

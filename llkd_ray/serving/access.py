@@ -134,13 +134,27 @@ def token_digest(token_env: str | None) -> bytes | None:
     """
     if token_env is None:
         return None
-    token = os.environ.get(token_env, "")
+    return hashlib.sha256(read_token(token_env).encode()).digest()
+
+
+def read_token(token_env: str) -> str:
+    """Return the token that an environment variable holds, without white space around it.
+
+    Raises:
+        ConfigError: There is none, or none that a header can carry; it is not repeated.
+    """
+    token = os.environ.get(token_env, "").strip()
     if not token:
         raise ConfigError(
-            f"serve.token_env = {token_env!r}: this environment variable is empty; set it to the "
-            "token, or leave serve.token_env out to ask for none"
+            f"token_env = {token_env!r}: this environment variable is empty; set it to the token, "
+            "or leave token_env out to ask for none"
         )
-    return hashlib.sha256(token.encode()).digest()
+    if not (token.isascii() and token.isprintable()):
+        raise ConfigError(
+            f"token_env = {token_env!r}: this environment variable holds characters that no HTTP "
+            "header takes; make a token of printable ASCII"
+        )
+    return token
 
 
 def bears(header: str, digest: bytes) -> bool:

@@ -17,6 +17,7 @@ from llkd_ray.serving.deploy import endpoint_app, open_student, student_environm
 from llkd_ray.serving.protocol import Classifier, Floats, Refusal, model_card
 from llkd_ray.serving.student import student_calibration, student_labels
 from llkd_ray.serving.teacher import TeacherClassifier, TeacherModel
+from llkd_ray.teacher.answers import TeacherDiedError
 from llkd_ray.teacher.engine import engine_environment
 
 _log = logging.getLogger(__name__)
@@ -108,7 +109,12 @@ def _open(
             answered: Floats = await teacher.answer.remote(texts)
         except BackPressureError:
             raise Refusal(429, "too many texts wait for the teacher", _SOON) from None
-        except (DeploymentUnavailableError, ray.exceptions.RayActorError) as error:
+        # The engine's process may be dead before Serve has seen it.
+        except (
+            DeploymentUnavailableError,
+            ray.exceptions.RayActorError,
+            TeacherDiedError,
+        ) as error:
             _log.warning("the teacher cannot be asked: %s", error)
             raise Refusal(503, "the teacher cannot be asked now", _SOON) from error
         return answered

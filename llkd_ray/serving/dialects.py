@@ -15,7 +15,7 @@ import uuid
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, PlainValidator, RootModel
+from pydantic import BeforeValidator, FailFast, PlainValidator, RootModel
 
 from llkd_ray.serving.protocol import (
     Answerer,
@@ -61,7 +61,7 @@ def _is_single(item: Any) -> bool:
 class VLLMRequest(Shape):
     """Texts to classify, as vLLM's clients send them."""
 
-    input: Annotated[list[str], BeforeValidator(_one_or_more)]
+    input: Annotated[list[str], FailFast(), BeforeValidator(_one_or_more)]
     model: str | None = None
     """Must be the name of the model that answers, where it is given."""
     use_activation: bool | None = None

@@ -11,11 +11,11 @@ Shape legend: N texts, C classes.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 
 from llkd_ray.config import ServeSection
 
@@ -124,7 +124,7 @@ class ClassifyRequest(Shape):
 
     model_config = ConfigDict(extra="forbid")
 
-    texts: list[str]
+    texts: Annotated[list[str], FailFast()]
     """None of them empty."""
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from llkd_ray.config import Example, TaskSection, VLLMTeacher
-from llkd_ray.errors import TeacherError
-from llkd_ray.serving.protocol import Classification, Floats
-from llkd_ray.teacher.answers import Answer
+from llkd_ray.serving.protocol import Classification, Floats, Refusal
+from llkd_ray.teacher.answers import Answer, TeacherDiedError
 from llkd_ray.teacher.calibration import Calibration, read_calibrations
 from llkd_ray.teacher.engine import Engine
 from llkd_ray.teacher.pretrained import teacher_folder
@@ -57,12 +56,15 @@ class TeacherClassifier:
         """Answer N texts with calibrated probabilities.
 
         Raises:
-            TeacherError: The engine refuses a text.
+            Refusal: 422 for a text that the teacher does not read, 503 when its engine has died.
         """
-        answers = await self._engine.read(texts)
-        for answer in answers:
+        try:
+            answers = await self._engine.read(texts)
+        except TeacherDiedError as error:
+            raise Refusal(503, f"{error}; ask again", {"Retry-After": "5"}) from error
+        for position, answer in enumerate(answers):
             if answer.error is not None:
-                raise TeacherError(f"the teacher cannot answer: {answer.error}")
+                raise Refusal(422, f"texts[{position}]: {answer.error}")
         return Classification(self._probabilities(answers))
 
     async def answer(self, texts: list[str]) -> Floats:

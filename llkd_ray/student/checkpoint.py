@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from llkd_ray import storage
 from llkd_ray.artifacts import write_text
@@ -40,7 +41,7 @@ class Progress:
     epoch: int
     """Whole epochs done."""
     steps: int
-    """Optimizer steps taken."""
+    """Optimizer steps; one for which no row was kept counts, and leaves the weights alone."""
     row_steps: int
     """Rows trained on, counted once per epoch."""
     selection: SelectionState
@@ -160,10 +161,11 @@ def restore(
     assert loaded is not None, f"{folder} holds no engine"
     progress = read_progress(folder)
     if average:
-        weights = load_file(folder / _AVERAGE)
-        for at, weight in enumerate(average.weights):
-            weight.copy_(weights[str(at)])
-        average.steps = progress.steps + progress.cursor
+        with safe_open(folder / _AVERAGE, framework="pt") as saved:
+            for at, weight in enumerate(average.weights):
+                weight.copy_(saved.get_tensor(str(at)))
+            # Fewer than there were steps, where some kept no row.
+            average.steps = int(saved.metadata()["steps"])
     memory, ids = RowMemory.start(rows), _ids(rows)
     order = np.argsort(ids)
     for part in sorted(folder.glob("rows-*.npz")):

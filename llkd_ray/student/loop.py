@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llkd_ray import storage
 from llkd_ray.config import TrainSection
 from llkd_ray.errors import StudentError
 from llkd_ray.selection import (
@@ -190,12 +191,21 @@ def _audited(
 ) -> Progress:
     context, work, epoch = worker.context, worker.work, progress.epoch + 1
     if context.signals is not None:
+        if context.rank == 0:
+            _forget_signals(context.signals, epoch, context.world_size)
         part = f"epoch-{epoch:04d}-{context.rank:05d}-of-{context.world_size:05d}.parquet"
         write_signals(context.signals / part, worker.rows, signals, selection)
     rows = audit_classes(
         epoch, work.label_names, signals, selection, used, all_reduce=worker.all_reduce
     )
     return replace(progress, selection=selection.state, audit=(*progress.audit, *rows))
+
+
+def _forget_signals(folder: Path, epoch: int, world_size: int) -> None:
+    """Remove what workers of another number left of this epoch before one of them was lost."""
+    for name in storage.names(folder):
+        if name.startswith(f"epoch-{epoch:04d}-") and f"-of-{world_size:05d}." not in name:
+            storage.remove(folder / name)
 
 
 def _take_steps(
@@ -215,7 +225,7 @@ def _take_steps(
     for at in range(progress.cursor, len(plan)):
         chosen = plan[at]
         stepper.take(chosen, memory.weight[chosen], memory.target[chosen], sums[0, at])
-        progress = _maybe_checkpoint(worker, stepper, progress, memory)
+        progress = _maybe_checkpoint(worker, stepper, progress, memory, num_steps=len(plan))
     loss = stepper.loss_sum_of_all() / sums[0].sum() if sums[0].sum() else None
     return progress, int(sums[1].sum()), loss
 
@@ -240,7 +250,7 @@ def _choose_and_take_steps(
         weight, chosen = selection.weight[selection.keep], batch[selection.keep]
         total = float(worker.all_reduce(np.array([weight.sum()]))[0])
         stepper.take(chosen, weight, selection.target[selection.keep], total)
-        progress = _maybe_checkpoint(worker, stepper, progress, memory)
+        progress = _maybe_checkpoint(worker, stepper, progress, memory, num_steps=len(plan))
     seen = np.concatenate([np.empty(0, dtype=np.int64), *plan])
     kept, weight_sum = worker.all_reduce(
         np.array([memory.keep[seen].sum(), memory.weight[seen].sum()], dtype=np.float64)
@@ -277,10 +287,11 @@ def _stepper(worker: Worker, progress: Progress, num_steps: int) -> Stepper:
 
 
 def _maybe_checkpoint(
-    worker: Worker, stepper: Stepper, progress: Progress, memory: RowMemory
+    worker: Worker, stepper: Stepper, progress: Progress, memory: RowMemory, *, num_steps: int
 ) -> Progress:
     every = worker.work.train.checkpoint_steps
-    if every is None or stepper.at % every:
+    # After the last step comes the checkpoint of the whole epoch.
+    if every is None or stepper.at % every or stepper.at == num_steps:
         return progress
     loss_sum = stepper.loss_sum_of_all()
     # So that an unbroken run adds up the same numbers in the same order as one that goes on here.

@@ -77,9 +77,9 @@ def criterion(section: StoppingSection, *, has_gold: bool) -> str:
 
 
 def should_stop(epochs: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
-    """Return whether the score has not risen for so many epochs."""
+    """Return whether the score has not risen for so many epochs; never, where there is none."""
     scores = [row[SCORE] for row in epochs]
-    if patience is None or not scores:
+    if patience is None or all(score is None for score in scores):
         return False
     best = max(range(len(scores)), key=lambda at: (scores[at] is not None, scores[at] or 0.0, -at))
     return len(scores) - 1 - best >= patience

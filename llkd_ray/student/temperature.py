@@ -112,7 +112,7 @@ def find_temperature(
         device=torch.device("cpu"),
     )
     positions = np.array([label_names.index(name) for name in right], dtype=np.int64)
-    value = fit_temperature(_logits(probabilities), positions)
+    value = fit_temperature(_logits(probabilities), positions, hold=1.0)
     # The last digits are rounding, and a resumed run is to end with the same weights.
     return Temperature(round(value, 4), "gold" if with_gold else "labels", len(rows))
 

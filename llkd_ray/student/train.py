@@ -105,11 +105,11 @@ def train(
     started = time.perf_counter()
     check_student(student)
     folder = labels / "unlabeled"
-    num_rows = _count(folder)
+    num_rows = count_rows(folder)
     if not num_rows:
         raise StudentError(f"{folder}: no labelled row to train on; run python jobs/label.py first")
     validation = corpus / "validation"
-    has_gold = _count(validation, with_gold=True) > 0
+    has_gold = count_rows(validation, with_gold=True) > 0
     _check_criterion(section, has_gold=has_gold)
     work = Work(
         labels=folder.resolve(),
@@ -236,7 +236,8 @@ def _details(progress: Progress, best_epoch: int) -> dict[str, Any]:
     }
 
 
-def _count(folder: Path, *, with_gold: bool = False) -> int:
+def count_rows(folder: Path, *, with_gold: bool = False) -> int:
+    """Count the rows of a folder of shards, or those with gold."""
     files = [str(path) for path in read_shards(folder)]
     if not files:
         return 0

@@ -113,6 +113,13 @@ def start_worker(context: Context, work: Work) -> Worker:
         rows = rows.subset(~apart)
     if not all_reduce(np.array([float(len(rows))]))[0]:
         raise StudentError(f"{work.labels}: no labelled row to train on; run python jobs/label.py")
+    by = stopping.criterion(work.train.stopping, has_gold=work.validation is not None)
+    if by == "held_out_macro_f1" and not all_reduce(np.array([float(len(held_out))]))[0]:
+        raise StudentError(
+            f"{work.labels}: train.stopping.held_out_fraction = "
+            f"{work.train.stopping.held_out_fraction} holds none of so few rows out of training; "
+            "raise it, or set train.stopping.choose_by = 'last'"
+        )
     validation = None if work.validation is None else read(work.validation, gold_only=True)
     most = work.train.stopping.gold_rows
     if validation is not None and most is not None:

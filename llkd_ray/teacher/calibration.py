@@ -59,17 +59,19 @@ class Calibration:
         return softmax(self.logits(logprobs))
 
 
-def fit_temperature(logits: Floats, gold: Ints) -> float:
+def fit_temperature(logits: Floats, gold: Ints, *, hold: float = 0.0) -> float:
     """Return the temperature under which gold is likeliest, within 0.05 to 20.
 
     The negative log-likelihood is convex in 1/T, so over log T it has a single valley, which
-    golden sections close in on.
+    golden sections close in on; what holds T is least at one and bends it little.
 
     Source: Guo et al. 2017, arXiv 1706.04599, section 4.2.
 
     Args:
         logits: [N, C], N at least 1; finite where gold is.
         gold: Position of the right label of each row [N].
+        hold: Towards a temperature of one, like by so many more rows; of a few rows that are all
+            right, gold would be likeliest at the lowest temperature there is.
     """
     below_best = logits - logits.max(axis=1, keepdims=True)
     of_gold = below_best[np.arange(len(gold)), gold]
@@ -77,7 +79,8 @@ def fit_temperature(logits: Floats, gold: Ints) -> float:
     def loss(log_temperature: float) -> float:
         scale = math.exp(-log_temperature)
         normaliser = np.log(np.exp(below_best * scale).sum(axis=1))
-        return float(np.mean(normaliser - of_gold * scale))
+        held = hold * log_temperature**2 / (2 * len(gold))
+        return float(np.mean(normaliser - of_gold * scale)) + held
 
     low, high = map(math.log, _TEMPERATURES)
     while high - low > 1e-6:
