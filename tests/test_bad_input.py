@@ -273,6 +273,21 @@ def test_a_header_that_is_not_unicode_is_told(tmp_path: Path) -> None:
     str(raised.value).encode()
 
 
+def test_rows_with_gold_may_come_after_rows_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n{"text": "c", "gold": "1"}\n{"text": "d"}\n')
+    source = config(path, gold_column="gold")
+    assert [row.gold for row in sources.read(source)] == [None, None, "1", None]
+    with pytest.raises(CorpusError, match=r"no column 'glod'.*set corpus\.gold_column"):
+        list(sources.read(config(path, gold_column="glod")))
+    # Of a file that goes on for hours it is said before its end.
+    monkeypatch.setattr(sources, "_OBJECTS_WITHOUT_GOLD", 2)
+    with pytest.raises(CorpusError, match="no column 'gold'"):
+        list(sources.read(source))
+
+
 def test_a_label_column_of_numbers_is_not_taken_for_text(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f'{{"text": "t{n}", "label": {n % 2}}}\n' for n in range(9)))

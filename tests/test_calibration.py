@@ -93,6 +93,20 @@ def test_the_temperature_stays_within_bounds_when_nothing_holds_it() -> None:
     assert fit_temperature(always_right, np.ones(5, dtype=np.int64)) == pytest.approx(20.0)
 
 
+def test_a_few_rows_that_are_all_right_make_nobody_certain():
+    sure = np.log([[0.92, 0.08]])
+    for rows in (1, 5, 20):
+        held = fit_temperature(np.repeat(sure, rows, axis=0), np.zeros(rows, int), hold=1.0)
+        assert 0.3 < held < 1
+    # Of many rows what is held does not matter.
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(1000, 3)) * 3
+    gold = np.array([rng.choice(3, p=softmax(row[None] / 2)[0]) for row in logits])
+    assert fit_temperature(logits, gold, hold=1.0) == pytest.approx(
+        fit_temperature(logits, gold), rel=0.01
+    )
+
+
 def test_a_temperature_never_changes_which_label_is_best() -> None:
     logprobs, _ = biased_logprobs(100)
     cold, hot = Calibration((0.5, 0.0, -0.5), 0.3), Calibration((0.5, 0.0, -0.5), 7.0)

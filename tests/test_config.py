@@ -146,6 +146,20 @@ def test_a_kind_that_does_not_exist_names_the_near_miss_or_all(override, told):
     assert "input tag" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("bench.student_url=http://user:hush@host:8000", "token_env"),
+        ('bench.others=[{name="x", url="http://hush@host"}]', "token_env"),
+        ("bench.concurrency=[1, 4, 4]", "concurrency names a number twice"),
+    ],
+)
+def test_what_would_make_a_wrong_or_telling_report_is_refused(override: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        load_experiment(QUICKSTART, [override])
+    assert "hush" not in str(caught.value)
+
+
 def test_a_calibration_on_gold_asks_for_the_rows_that_have_it_before_anything_is_labelled() -> None:
     with pytest.raises(ConfigError, match=r"toml: calibration\.kind = .* validation rows: set "):
         load_experiment(QUICKSTART, ["calibration.kind=stacked"])

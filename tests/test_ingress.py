@@ -99,6 +99,20 @@ def test_a_client_that_has_left_is_not_served_again():
     assert sent == []
 
 
+def test_what_the_proxy_could_not_decode_does_not_reach_it():
+    async def app(scope, receive, send):
+        assert all(value.isascii() for _, value in scope["headers"])
+        await JSONResponse({})(scope, receive, send)
+
+    async def ask():
+        transport = httpx.ASGITransport(Ingress(app))
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            headers = {b"x-request-timeout-seconds": b"\xff"}
+            return await client.post("/v1/classify", json={"texts": ["a"]}, headers=headers)
+
+    assert asyncio.run(ask()).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("given", "passed"),
     [(b"a-1/b", [b"a-1/b"]), (b"\xff\xfe", []), (b'{"forged": 1}', []), (b"x" * 200, [])],

@@ -15,13 +15,16 @@ import pytest
 import ray
 from bare import TOKEN
 from malformed import RAW, malformed_requests
+from pydantic import ValidationError
 from ray import serve
 from untrained import LABELS, untrained_student
 
 from llkd_ray.config import ServeSection
 from llkd_ray.errors import ConfigError
-from llkd_ray.serving.access import token_digest
+from llkd_ray.serving.access import bears, token_digest
 from llkd_ray.serving.deploy import APP, running, student_app
+from llkd_ray.serving.dialects import VLLMRequest
+from llkd_ray.serving.protocol import ClassifyRequest
 
 pytestmark = pytest.mark.slow
 
@@ -272,3 +275,27 @@ def test_an_empty_token_variable_is_an_error_at_the_start(monkeypatch):
         with pytest.raises(ConfigError, match=name):
             token_digest(name)
     assert token_digest(None) is None
+
+
+def test_a_token_from_a_file_with_a_line_end_opens(monkeypatch):
+    monkeypatch.setenv("LLKD_TOKEN_OF_A_FILE", "secret-of-a-file\n")
+    digest = token_digest("LLKD_TOKEN_OF_A_FILE")
+    assert bears("Bearer secret-of-a-file", digest)
+    assert not bears("Bearer secret", digest)
+
+
+@pytest.mark.parametrize("token", ["gehéim", "two\nlines"])
+def test_a_token_that_no_header_takes_is_refused_and_not_repeated(monkeypatch, token):
+    monkeypatch.setenv("LLKD_ODD_TOKEN", token)
+    with pytest.raises(ConfigError, match="LLKD_ODD_TOKEN") as caught:
+        token_digest("LLKD_ODD_TOKEN")
+    assert token not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [ClassifyRequest, VLLMRequest])
+def test_of_a_long_list_of_what_is_no_text_only_the_first_is_looked_at(shape):
+    key = "texts" if shape is ClassifyRequest else "input"
+    wrong = {key: [1] * 1000}
+    with pytest.raises(ValidationError) as caught:
+        shape.model_validate_json(json.dumps(wrong))
+    assert caught.value.error_count() == 1

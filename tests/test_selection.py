@@ -310,6 +310,8 @@ def test_random_draws_other_rows_each_epoch_and_as_many_as_asked_for():
     counted = RandomRule(kept=(30, 70))
     kept = [chosen_by(counted, SelectionState(), signals, epoch).keep.sum() for epoch in (1, 2, 3)]
     assert kept == [30, 70, 70]
+    # As another run does whose student has become sure of every row.
+    assert not chosen_by(RandomRule(kept=(30, 0)), SelectionState(), signals, 2).keep.any()
 
 
 @pytest.mark.parametrize("by", ["product", "confidence", "uncertainty", "agreement"])

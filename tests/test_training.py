@@ -1,5 +1,6 @@
 """The training loop in real processes: any number of workers, any kill, the same result."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +24,7 @@ from llkd_ray.config import (
 from llkd_ray.student.checkpoint import STUDENT
 from llkd_ray.student.model import load_student
 from llkd_ray.student.step import learning_rate
+from llkd_ray.student.stopping import should_stop
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():
@@ -80,7 +82,15 @@ def test_every_zero_stage_takes_the_same_steps(tmp_path, work, one_worker, stage
     [
         ("epoch-0001", {}),
         ("epoch-0002-step-000002", {"checkpoint_steps": 2, "average_decay": 0.9}),
-        ("epoch-0001-step-000004", {"checkpoint_steps": 4, "rule": LLKDRule(cadence="step")}),
+        # A threshold that moves slowly: steps that keep no row are none of the average.
+        (
+            "epoch-0002-step-000004",
+            {
+                "checkpoint_steps": 4,
+                "average_decay": 0.9,
+                "rule": LLKDRule(cadence="step", student_decay=0.6),
+            },
+        ),
         ("epoch-0002", {"scoring_every": 2, "scoring_parts": 2}),
     ],
     ids=["epoch", "average", "stepwise", "rotating"],
@@ -106,7 +116,15 @@ def test_another_number_of_workers_can_go_on(tmp_path, work):
     work = changed(work, epochs=3, num_workers=(1, 2), zero_stage=0)
     unbroken = run_workers(tmp_path / "two", work, 2)
     run_workers(tmp_path / "one", work, 2, killed_at="epoch-0001")
+    # One of two workers may be lost when both have told how the next epoch begins.
+    signals = tmp_path / "one/signals"
+    shutil.copy(
+        next(signals.glob("epoch-0001-00001-*")), signals / "epoch-0002-00001-of-00002.parquet"
+    )
     resumed = run_workers(tmp_path / "one", work, 1, restored=tmp_path / "one/epoch-0001")
+    assert [path.name for path in signals.glob("epoch-0002-*")] == [
+        "epoch-0002-00000-of-00001.parquet"
+    ]
     assert [row["kept"] for row in resumed.epochs] == [row["kept"] for row in unbroken.epochs]
     assert [row["distinct_rows"] for row in resumed.epochs] == [
         row["distinct_rows"] for row in unbroken.epochs
@@ -211,6 +229,20 @@ def test_soft_targets_change_the_loss_and_train(tmp_path, work):
     soft = run_workers(tmp_path / "soft", changed(work, soft_targets=0.5, temperature=2.0), 1)
     assert soft.epochs[0]["loss"] != pytest.approx(hard.epochs[0]["loss"], rel=1e-3)
     assert soft.epochs[1]["loss"] < soft.epochs[0]["loss"]
+
+
+def test_where_nothing_is_scored_no_epoch_is_the_last():
+    none = [{"score": None}] * 5
+    assert not should_stop(none, 1)
+    assert should_stop([{"score": 0.5}, {"score": 0.4}], 1)
+
+
+@pytest.mark.slow
+def test_a_share_held_out_of_so_few_rows_that_it_holds_none_ends_at_once(tmp_path, work):
+    stopping = {"held_out_fraction": 1e-6, "choose_by": "teacher"}
+    with pytest.raises(AssertionError):
+        run_workers(tmp_path, changed(work, stopping=stopping), 1)
+    assert not list(tmp_path.glob("epoch-*"))
 
 
 def test_settings_that_do_not_fit_together_are_refused():
