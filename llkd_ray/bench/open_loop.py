@@ -56,25 +56,27 @@ async def offer(
     began = time.perf_counter()
     under_way: set[float] = set()
     samples: list[Sample] = []
+    late = 0
 
     async def one(at: float, text: str) -> None:
+        nonlocal late
         under_way.add(at)
         sent_s = time.perf_counter() - began
         reply = await session.ask((text,))
         under_way.remove(at)
-        samples.append(
-            Sample(
-                endpoint=measured.endpoint,
-                measure="open",
-                concurrency=None,
-                rate_per_s=rate_per_s,
-                texts=1,
-                start_s=at,
-                sent_s=sent_s,
-                latency_ms=(reply.end_s - began - at) * 1000,
-                status=reply.status,
-            )
+        sample = Sample(
+            endpoint=measured.endpoint,
+            measure="open",
+            concurrency=None,
+            rate_per_s=rate_per_s,
+            texts=1,
+            start_s=at,
+            sent_s=sent_s,
+            latency_ms=(reply.end_s - began - at) * 1000,
+            status=reply.status,
         )
+        samples.append(sample)
+        late += _late(sample, bench)
 
     tasks = []
     given_up = False
@@ -82,7 +84,7 @@ async def offer(
         await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
         now = time.perf_counter() - began
         overdue = sum((now - other) * 1000 > bench.latency_target_ms for other in under_way)
-        if overdue + sum(_late(sample, bench) for sample in samples) > allowed:
+        if overdue + late > allowed:
             given_up = True
             break
         tasks.append(asyncio.create_task(one(at, next(texts))))
