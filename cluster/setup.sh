@@ -27,7 +27,8 @@ command -v g++ >/dev/null || {
 }
 
 echo "setting up .venv (once, some minutes) ..."
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+# One that was broken off, or made without python3-venv, has no pip.
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
 install=(.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps)
 if ! .venv/bin/python -m pip show -qq "${torch%%=*}" 2>/dev/null; then
     "${install[@]}" "$torch" 2>/dev/null ||

@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument(
         *("--older-than-days", "--days"), type=float, default=0.0, help="spare what is younger"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     def clean(experiment: Experiment) -> None:
         from llkd_ray import storage

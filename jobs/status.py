@@ -71,4 +71,4 @@ def _told(entry: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(answer(parser_of(str(__doc__)).parse_args(), status))
+    sys.exit(answer(parser_of(str(__doc__)).parse_intermixed_args(), status))

@@ -44,7 +44,7 @@ def run_job(
     )
     if status is not None:
         parser.add_argument("--status", action="store_true", help="print how far it is and stop")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
 
     def act(experiment: Experiment) -> None:
         if status is not None and arguments.status:

@@ -8,6 +8,7 @@ a `CorpusError`. Bytes that are not UTF-8 become lone surrogates, which no valid
 import csv
 import hashlib
 import io
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ _BATCH_BYTES = 64_000_000
 # A line or field beyond this is a file gone wrong, a quote left open for instance; it bounds what
 # is held of a file that has no line ends at all.
 _MAX_LINE = 256_000_000
+# A line that no file has, behind its last one.
+_END = "\ue000llkd_ray: end\ue000"
 # Objects of a JSONL file that may come before the first one with gold.
 _OBJECTS_WITHOUT_GOLD = 100_000
 
@@ -263,7 +266,7 @@ def _read_csv(file: _File, text: str, gold: str | None) -> Iterator[SourceRow]:
             newline="",
         ) as lines,
     ):
-        rows = (row for row in csv.reader(_lines(lines)) if row)
+        rows = _rows_of(file, lines)
         header = next(rows, None)
         if header is None:
             raise CorpusError(f"{file.path}: the file has blank lines only")
@@ -276,6 +279,27 @@ def _read_csv(file: _File, text: str, gold: str | None) -> Iterator[SourceRow]:
                 yield SourceRow(where, Unreadable(reason, ",".join(row)), None)
             else:
                 yield SourceRow(where, row[text_at], None if gold_at is None else row[gold_at])
+
+
+def _rows_of(file: _File, lines: IO[str]) -> Iterator[list[str]]:
+    """Yield the rows of a CSV file but for blank ones.
+
+    Raises:
+        CorpusError: A quote is never closed: all rows behind it would be the text of one.
+    """
+    reader = csv.reader(itertools.chain(_lines(lines), [_END]))
+    line = 1
+    for row in reader:
+        if row == [_END]:
+            return
+        if row and row[-1].endswith(_END):
+            raise CorpusError(
+                f"{file.path}: a quote is opened in line {line} and never closed, so that all rows "
+                "behind it would be one text; close it, or double it where it is a sign"
+            )
+        if row:
+            yield row
+        line = reader.line_num + 1
 
 
 def _read_jsonl(file: _File, text: str, gold: str | None) -> Iterator[SourceRow]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from llkd_ray import artifacts
 from llkd_ray.artifacts import Artifact, Rows, fingerprint, make, write_text
 from llkd_ray.errors import ArtifactError
 
@@ -125,6 +126,18 @@ def test_what_lacked_its_name_alone_when_it_was_killed_is_made(tmp_path: Path) -
     assert wanted.made
     assert wanted.path.is_dir()
     assert not wanted.making.exists()
+
+
+def test_where_there_is_no_git_a_stage_ends_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    artifacts._commit.cache_clear()
+    wanted = artifact(tmp_path, a=1)
+    with make(wanted) as draft:
+        draft.rows = Rows(taken=0, kept=0, rejected=0)
+    assert wanted.manifest().commit == ""
+    artifacts._commit.cache_clear()
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

@@ -244,13 +244,26 @@ def test_rows_before_a_damaged_page_are_kept_and_the_file_is_named(tmp_path: Pat
     assert counts.read == len(kept) + 1
 
 
-def test_a_quote_left_open_is_a_broken_line_or_a_broken_file(
+@pytest.mark.parametrize("end", ["", "\n"])
+@pytest.mark.parametrize(
+    ("header", "row", "opening"), [("text,y", "fine,1", '"open,1'), ("y,text", "1,fine", '1,"open')]
+)
+def test_a_quote_left_open_loses_no_row_without_a_word(
+    tmp_path: Path, header: str, row: str, opening: str, end: str
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("\n".join([header, row, row, opening, *[row] * 2000]) + end)
+    with pytest.raises(CorpusError, match=r"rows\.csv: a quote is opened in line 4 and never"):
+        list(sources.read(config(path)))
+    path.write_text("\n".join([header, row, opening + '"', *[row] * 2000]) + end)
+    assert len(list(sources.read(config(path)))) == 2002
+
+
+def test_a_quote_left_open_is_told_before_the_end_of_a_large_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "rows.csv"
     path.write_text('text,y\nfine,1\n"open,1\n' + "and on,1\n" * 2000)
-    _, _, rejected = prepared(tmp_path, config(path))
-    assert [row["reason"] for row in rejected] == ["the line has 1 columns, not 2"]
     monkeypatch.setattr(sources, "_MAX_LINE", 10_000)
     with pytest.raises(CorpusError, match=r"rows\.csv: not a readable csv file: field larger"):
         list(sources.read(config(path)))

@@ -151,6 +151,7 @@ def test_a_kind_that_does_not_exist_names_the_near_miss_or_all(override, told):
     [
         ("bench.student_url=http://user:hush@host:8000", "token_env"),
         ('bench.others=[{name="x", url="http://hush@host"}]', "token_env"),
+        ("corpus.source=abfss://c@a.net/x?sig=hush", "a secret among its options"),
         ("bench.concurrency=[1, 4, 4]", "concurrency names a number twice"),
     ],
 )
@@ -158,6 +159,25 @@ def test_what_would_make_a_wrong_or_telling_report_is_refused(override: str, tol
     with pytest.raises(ConfigError, match=told) as caught:
         load_experiment(QUICKSTART, [override])
     assert "hush" not in str(caught.value)
+
+
+def test_a_key_in_an_endpoints_address_is_refused_before_anything_is_written() -> None:
+    url = "teacher.url=https://user:hush@host/v1"
+    with pytest.raises(ConfigError, match="api_key_env") as caught:
+        load_experiment(QUICKSTART, ["teacher.kind=http", url, "teacher.model=m"])
+    assert "hush" not in str(caught.value)
+
+
+def test_a_gold_value_is_one_labels() -> None:
+    labels = 'task.labels=[{name="thing", gold=["ENTY"]}, {name="ENTY"}]'
+    with pytest.raises(ConfigError, match="'thing' and 'ENTY' both have 'ENTY'"):
+        load_experiment(QUICKSTART, [labels, "task.examples=[]"])
+
+
+def test_an_option_may_stand_among_overrides(tmp_path: Path) -> None:
+    done = run_job("train", str(QUICKSTART), "--dry-run", f"runs={tmp_path}", "train.epochs=7")
+    assert done.returncode == 0, done.stderr
+    assert '"epochs": 7' in done.stdout
 
 
 def test_a_calibration_on_gold_asks_for_the_rows_that_have_it_before_anything_is_labelled() -> None:

@@ -14,6 +14,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 # A secret may hold slashes, so the whole URI is looked at; an account alone is no secret, but for
 # s3, where it is a key.
 _CREDENTIALS = re.compile(r"([a-z][a-z0-9+.-]*://[^@]*:|s3://)[^@]*@")
+_SECRET_OPTIONS = re.compile(r"[?&](sig|sas_token|[a-z_]*(secret|key|password))=", re.IGNORECASE)
 
 
 def _without_credentials(uri: str) -> str:
@@ -22,6 +23,11 @@ def _without_credentials(uri: str) -> str:
             "this URI names credentials, which every manifest and log would show: take what stands "
             "before the @ out of it, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or what "
             "your store asks for) in the environment"
+        )
+    if _SECRET_OPTIONS.search(uri):
+        raise ValueError(
+            "this URI has a secret among its options, which every manifest and log would show: set "
+            "it in the environment, as your store asks for it"
         )
     return uri
 
@@ -39,7 +45,7 @@ def _without_login(url: str) -> str:
     if "@" in url.partition("://")[2].partition("/")[0]:
         raise ValueError(
             "this address carries a user name or a password, which every report would show: take "
-            "them out, and name the variable that holds a token in token_env"
+            "them out, and name the variable that holds a token or key in token_env or api_key_env"
         )
     return url
 

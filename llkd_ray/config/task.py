@@ -49,7 +49,7 @@ class TaskSection(Section):
     @model_validator(mode="after")
     def _labels_are_told_apart(self) -> "TaskSection":
         names = [label.name for label in self.labels]
-        said = dict[str, str]()
+        said, gold_of = dict[str, str](), dict[str, str]()
         for label in self.labels:
             if names.count(label.name) > 1:
                 raise ValueError(f"the label {label.name!r} stands twice in task.labels")
@@ -62,6 +62,12 @@ class TaskSection(Section):
                     "give one of them other words"
                 )
             said[words] = label.name
+            for value in label.gold or (label.name,):
+                if gold_of.setdefault(value, label.name) != label.name:
+                    raise ValueError(
+                        f"the labels {gold_of[value]!r} and {label.name!r} both have {value!r} in "
+                        "the gold column; take it from one of them"
+                    )
         for example in self.examples:
             if example.label not in names:
                 raise ValueError(

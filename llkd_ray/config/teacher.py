@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from llkd_ray.config.section import Fraction, OpenFraction, Section, Text
+from llkd_ray.config.section import Address, Fraction, OpenFraction, Section, Text
 
 
 class EngineSection(Section):
@@ -135,7 +135,7 @@ class HTTPTeacher(TeacherBase):
     """An LLM behind an OpenAI-compatible endpoint."""
 
     kind: Literal["http"] = "http"
-    url: Annotated[str, StringConstraints(pattern=r"^https?://")]
+    url: Annotated[Address, StringConstraints(pattern=r"^https?://")]
     """Base of the API, for instance http://localhost:8000/v1."""
     model: Text
     """As the endpoint names it."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from rapidfuzz import fuzz, process
 from rapidfuzz.distance import Levenshtein
 
-from llkd_ray.guided.words import words_of
+from llkd_ray.words import words_of
 
 _CODES = 0x110000 - 0x10000
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from llkd_ray.config import ChecksSection
-from llkd_ray.guided.words import words_of
+from llkd_ray.words import words_of
 
 # Of a text of so many words, fewer than half distinct ones are the mark of a model in a loop.
 _LOOP_WORDS, _LEAST_DISTINCT = 8, 0.5

@@ -15,6 +15,7 @@ from llkd_ray.config import ActorsSection, HTTPTeacher, ScriptedTeacher, VLLMTea
 from llkd_ray.teacher.actor import Opening
 from llkd_ray.teacher.readouts import Shard
 from llkd_ray.teacher.readouts import plan as shards_of
+from llkd_ray.words import words_of
 
 _SAMPLE_ROWS = 1000
 _SHOWN_PROMPTS = 3
@@ -226,7 +227,7 @@ def _block(teacher: VLLMTeacher) -> int:
 
 
 def _tokens(text: str) -> int:
-    return round(len(text.split()) * _TOKENS_PER_WORD)
+    return round(len(words_of(text)) * _TOKENS_PER_WORD)
 
 
 def _first_texts(shards: Sequence[Shard]) -> list[str]:
