@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 from conftest import QUICKSTART, ROOT, run_job
 
-from llkd_ray.config import AllRule, LLKDRule, as_tree, load_experiment, rule_named
+from llkd_ray.config import (
+    AllRule,
+    LLKDRule,
+    as_tree,
+    load_experiment,
+    rule_named,
+    with_overrides,
+)
 from llkd_ray.errors import ConfigError
 
 
@@ -159,6 +166,23 @@ def test_what_would_make_a_wrong_or_telling_report_is_refused(override: str, tol
     with pytest.raises(ConfigError, match=told) as caught:
         load_experiment(QUICKSTART, [override])
     assert "hush" not in str(caught.value)
+
+
+def test_a_kind_keeps_what_all_kinds_share_and_what_is_said_before_it() -> None:
+    quickstart = load_experiment(QUICKSTART)
+    overrides = ["teacher.url=http://host/v1", "teacher.model=m", "teacher.kind=http"]
+    http = load_experiment(QUICKSTART, ["teacher.batch_size=7", *overrides]).teacher
+    assert (http.kind, http.model, http.batch_size) == ("http", "m", 7)
+    # A paid endpoint is asked about no more rows than the file says.
+    assert http.max_unlabeled_rows == quickstart.teacher.max_unlabeled_rows == 2500
+    with pytest.raises(ConfigError, match=r"teacher\.model: this key must be set"):
+        load_experiment(QUICKSTART, ["teacher.kind=http", "teacher.url=http://host/v1"])
+
+    cut = load_experiment(QUICKSTART, ["student.layers=3", "student.max_length=64"])
+    static = with_overrides(cut, ["student.kind=static"]).student
+    assert (static.kind, static.max_length) == ("static", 64)
+    with pytest.raises(ConfigError, match=r"student\.layers: unknown key"):
+        with_overrides(cut, ["student.layers=2", "student.kind=static"])
 
 
 def test_a_key_in_an_endpoints_address_is_refused_before_anything_is_written() -> None:

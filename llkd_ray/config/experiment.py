@@ -8,7 +8,7 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, NonNegativeInt, ValidationError, model_validator
 
@@ -23,6 +23,7 @@ from llkd_ray.config.student import (
     EvaluateSection,
     ExportSection,
     StaticStudent,
+    StudentBase,
     StudentSection,
     TrainSection,
 )
@@ -32,18 +33,33 @@ from llkd_ray.config.teacher import (
     CalibrationSection,
     HTTPTeacher,
     ScriptedTeacher,
+    TeacherBase,
     TeacherSection,
     VLLMTeacher,
 )
 from llkd_ray.errors import ConfigError
 
-# Sections of which there are several kinds: the key that chooses, what it chooses from, and what
-# is chosen where the file says nothing.
-_KINDS: dict[str, tuple[str, dict[str, type[BaseModel]], str]] = {
-    "selection": ("rule", dict(RULES), "llkd"),
-    "student": ("kind", {"encoder": EncoderStudent, "static": StaticStudent}, "encoder"),
-    "teacher": (
+
+class _Kinds(NamedTuple):
+    """A section of which there are several kinds."""
+
+    chooser: str
+    """The key that chooses."""
+    shared: type[BaseModel]
+    """What every kind has."""
+    kinds: dict[str, type[BaseModel]]
+    default: str
+    """What is chosen where the file says nothing."""
+
+
+_KINDS = {
+    "selection": _Kinds("rule", Section, dict(RULES), "llkd"),
+    "student": _Kinds(
+        "kind", StudentBase, {"encoder": EncoderStudent, "static": StaticStudent}, "encoder"
+    ),
+    "teacher": _Kinds(
         "kind",
+        TeacherBase,
         {"vllm": VLLMTeacher, "http": HTTPTeacher, "scripted": ScriptedTeacher},
         "vllm",
     ),
@@ -146,36 +162,49 @@ def with_overrides(experiment: Experiment, overrides: Sequence[str]) -> Experime
 
 
 def _experiment(where: str, tree: dict[str, Any], overrides: Sequence[str]) -> Experiment:
-    for override in overrides:
-        _apply(tree, override)
-    for section, (chooser, _, default) in _KINDS.items():
+    settings = [_setting(override) for override in overrides]
+    # The first kind named of a section is that of what stands before it, too.
+    kinds = {key: value for key, value in reversed(settings) if _chooses(key)}
+    for key, value in (*kinds.items(), *settings):
+        _apply(tree, key, value)
+    for section, of in _KINDS.items():
         if isinstance(tree.get(section), dict):
-            tree[section].setdefault(chooser, default)
+            tree[section].setdefault(of.chooser, of.default)
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_explain(error)}") from None
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _setting(override: str) -> tuple[str, Any]:
+    """Return key and value of an override."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: write section.key=value, e.g. train.epochs=2")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        return key, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text
+        return key, text
+
+
+def _chooses(key: str) -> bool:
+    section, _, leaf = key.partition(".")
+    return section in _KINDS and leaf == _KINDS[section].chooser
+
+
+def _apply(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     node: Any = tree
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"override {override!r}: {parent} is not a section")
-    if len(parents) == 1 and parents[0] in _KINDS:
-        chooser, _, default = _KINDS[parents[0]]
-        if leaf == chooser and node.get(chooser, default) != value:
-            # The keys of one kind mean nothing to another: naming a kind starts its table afresh.
-            node.clear()
+            raise ConfigError(f"override {key}: {parent} is not a section")
+    if _chooses(key):
+        of = _KINDS[parents[0]]
+        if node.get(of.chooser, of.default) != value:
+            # What all kinds share stands; the other keys of one mean nothing to another.
+            for name in set(node) - set(of.shared.model_fields):
+                del node[name]
     node[leaf] = value
 
 
@@ -200,11 +229,11 @@ def _explain(error: ValidationError) -> str:
         case "missing":
             return f"{dotted}: this key must be set{more}"
         case "union_tag_invalid":
-            chooser, kinds, _ = _KINDS[str(problem["loc"][0])]
+            of = _KINDS[str(problem["loc"][0])]
             chosen = str(problem["ctx"]["tag"])
-            near = difflib.get_close_matches(chosen, kinds, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(kinds)}"
-            return f"{dotted}.{chooser} = {chosen!r}: no such {chooser}; {hint}{more}"
+            near = difflib.get_close_matches(chosen, of.kinds, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(of.kinds)}"
+            return f"{dotted}.{of.chooser} = {chosen!r}: no such {of.chooser}; {hint}{more}"
         case "value_error":
             where = f"{dotted}: " if dotted else ""
             return f"{where}{problem['msg'].removeprefix('Value error, ')}{more}"
@@ -222,7 +251,7 @@ def _keys_at(path: tuple[str | int, ...]) -> list[str]:
     current: type[BaseModel] = Experiment
     for position, part in enumerate(path):
         if position == 1 and path[0] in _KINDS:
-            current = _KINDS[str(path[0])][1][str(part)]
+            current = _KINDS[str(path[0])].kinds[str(part)]
         elif isinstance(part, str):
             current = _section_of(current.model_fields[part].annotation) or current
     return sorted(current.model_fields)

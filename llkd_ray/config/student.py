@@ -11,15 +11,21 @@ from llkd_ray.config.selection import RuleName
 UnitOpenAbove = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class EncoderStudent(Section):
+class StudentBase(Section):
+    """What every kind of student shares."""
+
+    model: Text = "minilm-l6"
+    """The encoder that is trained, or that a static student's vectors come from: an embedded one by
+    name, the folder of a Hugging Face encoder (safetensors), or one of the hub with its revision,
+    NAME/MODEL@REVISION."""
+    max_length: PositiveInt = 128
+    """Tokens of a text that the student reads; the rest is cut."""
+
+
+class EncoderStudent(StudentBase):
     """A transformer encoder with a classification head."""
 
     kind: Literal["encoder"] = "encoder"
-    model: Text = "minilm-l6"
-    """An embedded encoder by name, the folder of a Hugging Face encoder (safetensors), or one of
-    the hub with its revision, NAME/MODEL@REVISION."""
-    max_length: PositiveInt = 128
-    """Tokens of a text that the student reads; the rest is cut."""
     layers: PositiveInt | None = None
     """Keep the encoder's first so many layers; all of them when not given."""
     head: Literal["own", "mean"] = "own"
@@ -35,7 +41,7 @@ class EncoderStudent(Section):
         return self.model + cut + (", mean pooling" if self.head == "mean" else "")
 
 
-class StaticStudent(Section):
+class StaticStudent(StudentBase):
     """A vector for each token, their mean and a small head: when throughput is everything.
 
     The vectors are distilled from an encoder by model2vec and trained further with the head. The
@@ -43,10 +49,6 @@ class StaticStudent(Section):
     """
 
     kind: Literal["static"] = "static"
-    model: Text = "minilm-l6"
-    """The encoder that the vectors come from, named as for an encoder student."""
-    max_length: PositiveInt = 128
-    """Tokens of a text that the student reads; the rest is cut."""
     dimensions: PositiveInt = 256
     """Of a vector; at most those of the encoder."""
     head_units: NonNegativeInt = 256
