@@ -113,19 +113,25 @@ def _shard_by_shard(experiment: Experiment) -> Iterator[Any]:
 
 def print_plan(experiment: Experiment) -> None:
     """Print prompts, tokens, hours and cost; no weights are loaded."""
+    from pathlib import Path
+
     from llkd_ray.lineage import Lineage
+    from llkd_ray.teacher import readouts
     from llkd_ray.teacher.actor import Opening
     from llkd_ray.teacher.ledger import Ledger
     from llkd_ray.teacher.plan import describe, plan
-    from llkd_ray.teacher.status import measured, status
+    from llkd_ray.teacher.status import measured
 
     lineage = Lineage(experiment)
     if not lineage.corpus.made:
         print("no plan yet: run python jobs/prepare.py with this experiment first")
         return
     ledger = Ledger(lineage.ledger, len(experiment.task.labels))
-    splits = list(status(lineage.corpus.path, experiment.teacher, ledger))
-    done = sum(split.rows - split.left for split in splits)
+    teacher = experiment.teacher
+    shards = readouts.plan(lineage.corpus.path, Path(), teacher.splits, teacher.max_unlabeled_rows)
+    done = sum(
+        shard.take - readouts.count_unanswered(shard, ledger, teacher.attempts) for shard in shards
+    )
     rate = measured(lineage.run, lineage.asking["model"])
     print(describe(plan(lineage.corpus.path, Opening.of(experiment), done, rate)))
 

@@ -4,6 +4,7 @@
 for each start takes long: a run that is killed and resumed on a corpus that has grown.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -174,7 +175,7 @@ def test_labelling_without_a_corpus_names_the_job_to_run(run: Run) -> None:
 
 @pytest.mark.usefixtures("ray_local")
 def test_a_killed_run_goes_on_over_a_grown_corpus_and_asks_nothing_twice(
-    run: Run, texts: list[str]
+    run: Run, texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = (
         "teacher.batch_size=4",
@@ -218,3 +219,8 @@ def test_a_killed_run_goes_on_over_a_grown_corpus_and_asks_nothing_twice(
     answered = asked.filter(pc.invert(pc.is_in(asked.column("text"), pa.array(TOO_LONG))))
     labels = table(grown.lineage.labels.path, "unlabeled")
     assert labels.select(schema.TEXT.names).equals(answered)
+
+    importlib.import_module("label").print_plan(
+        Run((*grown.overrides, "teacher.attempts=2")).experiment
+    )
+    assert "rows to label: 3 (120, less 117 asked about already)" in capsys.readouterr().out

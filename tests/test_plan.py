@@ -208,6 +208,11 @@ def test_an_endpoint_is_planned_in_words_and_prices(experiment: Experiment, text
     assert usd == pytest.approx((planned.tokens * 3 + planned.rows * 15) / 1e6, rel=0.01)
     (minutes,) = said(told, r"time: (\S+) minutes with 1 actor at least")
     assert minutes == pytest.approx(planned.rows / 60, abs=0.1)
+    assert "\nA: acronym\n" not in planned.sample.prompts[0]
+    lettered = teacher.model_copy(update={"readout": "letters"})
+    shown = plan(texts, Opening(experiment.task, lettered, (), experiment.cache)).sample.prompts[0]
+    assert "\nA: acronym\nB: explanation\n" in shown
+    assert "The answer is a: C\n" in shown
     voted = teacher.model_copy(update={"top_logprobs": 0, "votes": 5})
     told = describe(plan(texts, Opening(experiment.task, voted, (), experiment.cache)))
     assert f"at least {5 * planned.rows:,} answered" in told

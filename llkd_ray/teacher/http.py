@@ -9,7 +9,6 @@ Shape legend: N texts, C classes.
 
 import asyncio
 import logging
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +20,10 @@ from llkd_ray.teacher.client import Client, TextError
 from llkd_ray.teacher.reply import Reply
 from llkd_ray.teacher.shots import choose_shots
 from llkd_ray.teacher.spoken import FirstToken, count_votes, told_apart
-from llkd_ray.teacher.wording import Wording, label_words
+from llkd_ray.teacher.wording import LETTERS, Wording
 
 _log = logging.getLogger(__name__)
 
-_LETTERS = string.ascii_uppercase
 _TRIALS = 16  # Texts that show at most whether first tokens tell the labels apart.
 
 
@@ -61,7 +59,7 @@ class Endpoint:
             TeacherError: No key, an address that is none, or a read-out that cannot be had over
                 HTTP.
         """
-        _check_readout(task, teacher)
+        check_readout(task, teacher)
         self._task = task
         self._teacher = teacher
         self._client = Client(teacher)
@@ -160,8 +158,7 @@ class Endpoint:
             TextError: The endpoint does not answer now.
         """
         readout, num_classes = self._teacher.readout, len(self._task.labels)
-        words = Wording(self._task, label_words(self._task))
-        letters = Wording(self._task, tuple(_LETTERS[:num_classes]), offered=True)
+        words, letters = Wording.in_words(self._task), Wording.in_letters(self._task)
         lettered = readout == "letters"
         if self._teacher.top_logprobs == 0:
             wording = letters if lettered else words
@@ -177,7 +174,7 @@ class Endpoint:
                 f"task.labels: the words of two labels begin alike for {self._teacher.model} at "
                 f'{self._teacher.url}: give them other words, or set teacher.readout = "letters"'
             )
-        if num_classes > len(_LETTERS):
+        if num_classes > len(LETTERS):
             why = f"votes: labels begin alike, and {num_classes} are too many for letters"
             return _Reading(words, votes=True, why=why)
         if not await self._trial(letters):
@@ -286,14 +283,19 @@ def _first_token(reply: Reply, wording: Wording) -> FirstToken | None:
     return FirstToken.of(reply.top, wording.answers, letters=wording.offered)
 
 
-def _check_readout(task: TaskSection, teacher: HTTPTeacher) -> None:
+def check_readout(task: TaskSection, teacher: HTTPTeacher) -> None:
+    """Refuse what no endpoint can be read by.
+
+    Raises:
+        TeacherError: It takes what is not given over HTTP, or more letters than there are.
+    """
     if teacher.readout == "trie":
         raise TeacherError(
             'teacher.readout = "trie" needs the log-probability of any token, which no endpoint '
             'gives over HTTP: set "auto", "letters" or "first_token"'
         )
-    if teacher.readout == "letters" and len(task.labels) > len(_LETTERS):
+    if teacher.readout == "letters" and len(task.labels) > len(LETTERS):
         raise TeacherError(
             f'teacher.readout = "letters": {len(task.labels)} labels are more than the '
-            f'{len(_LETTERS)} letters: set "auto"'
+            f'{len(LETTERS)} letters: set "auto"'
         )

@@ -198,11 +198,13 @@ def _sample_vllm(opening: Opening, teacher: VLLMTeacher, texts: list[str]) -> Sa
 
 
 def _sample_http(opening: Opening, teacher: HTTPTeacher, texts: list[str]) -> Sample:
-    from llkd_ray.teacher.http import fit
+    from llkd_ray.teacher.http import check_readout, fit
     from llkd_ray.teacher.shots import choose_shots
-    from llkd_ray.teacher.wording import Wording, label_words
+    from llkd_ray.teacher.wording import Wording
 
-    wording = Wording(opening.task, label_words(opening.task))
+    check_readout(opening.task, teacher)
+    lettered = teacher.readout == "letters"
+    wording = (Wording.in_letters if lettered else Wording.in_words)(opening.task)
     shots = choose_shots(opening.task, teacher.shots, opening.pool)
     prompts, rows = [], []
     for text, own in zip(texts, shots.own(texts), strict=True):

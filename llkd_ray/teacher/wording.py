@@ -1,9 +1,13 @@
 """The prompt as text, for any tokenizer or none."""
 
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llkd_ray.config import Example, TaskSection
+
+LETTERS = string.ascii_uppercase
+"""What labels are offered as, at most so many."""
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,16 @@ class Wording:
     """What stands for each of the C labels, in their order: its words, or its letter."""
     offered: bool = False
     """List the labels as options, each behind its letter."""
+
+    @classmethod
+    def in_words(cls, task: TaskSection) -> "Wording":
+        """Ask for the words of a label."""
+        return cls(task, label_words(task))
+
+    @classmethod
+    def in_letters(cls, task: TaskSection) -> "Wording":
+        """Ask for the letter of one of the labels offered."""
+        return cls(task, tuple(LETTERS[: len(task.labels)]), offered=True)
 
     @property
     def preamble(self) -> str:
