@@ -26,6 +26,11 @@ command -v g++ >/dev/null || {
     exit 1
 }
 
+"$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || {
+    echo "error: no libnuma, which vLLM needs on CPUs; install it (Debian: apt-get install libnuma1)" >&2
+    exit 1
+}
+
 echo "setting up .venv (once, some minutes) ..."
 # One that was broken off, or made without python3-venv, has no pip.
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv

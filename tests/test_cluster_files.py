@@ -316,7 +316,18 @@ def test_ray_asks_for_a_token_and_shows_its_dashboard_to_nobody():
         for peer in rule["from"]
         if 8265 in {port["port"] for port in rule["ports"]}
     ]
-    assert open_to == [{"kubernetes.io/metadata.name": "kuberay-system"}]
+    assert open_to == [
+        {"kubernetes.io/metadata.name": name} for name in ("kuberay-system", "ray-system")
+    ]
+
+
+def test_clusters_of_one_namespace_do_not_share_the_name_that_kuberay_makes_services_of():
+    names = [
+        found["metadata"]["name"]
+        for found in all_objects()
+        if found["kind"] in ("RayCluster", "RayService")
+    ]
+    assert len(names) == len(set(names)) == 2
 
 
 def test_no_file_holds_a_secret():
@@ -377,6 +388,7 @@ def test_aws_has_the_groups_of_the_other_cluster():
     nodes = yaml.safe_load((CLUSTER / "ray-up/aws.yaml").read_text())["available_node_types"]
     there = {group["groupName"]: group for group in ray_clusters()["cluster"]["workerGroupSpecs"]}
     assert set(nodes) == {"head", *there}
+    assert all("ImageId" in node["node_config"] for node in nodes.values())
     for name, group in there.items():
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         assert nodes[name]["max_workers"] == group["maxReplicas"]
@@ -407,6 +419,8 @@ def test_images_hold_what_is_there_run_by_nobody_special():
                 None
             ]
             assert stage in stages if stage else all((ROOT / source).exists() for source in sources)
+    # What vLLM loads on CPUs, and what `ray up` runs inside of a head's container.
+    assert {"libnuma1", "openssh-client", "rsync"} <= {word for of in stages["node"] for word in of}
     for target in ("cpu", "gpu"):
         [user] = [words[1] for words in stages[target] if words[0] == "USER"]
         assert {int(number) for number in user.split(":")} == {

@@ -175,6 +175,9 @@ def engine_environment(engine: EngineSection, threads: int) -> dict[str, str]:
         # The engine's process computes by itself. With a worker process beside it, it would spend a
         # third of a core on asking whether that has finished.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # FlashInfer's sampler is compiled at the start, by an nvcc that few machines have, and
+        # read-outs sample nothing.
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "GOMP_SPINCOUNT": "2000",
         "KMP_BLOCKTIME": "1",
     }
