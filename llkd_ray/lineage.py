@@ -149,14 +149,14 @@ class Lineage:
         """The rows that the teacher labelled and those that it wrote."""
         return self._artifact("mixture", "train", {}, self.labels, self.guided)
 
-    def student(self, rule: str | None = None) -> Artifact:
-        """Name the student trained with a rule, the experiment's own when not given."""
-        return self._student(rule or self.experiment.selection.rule, self.labelled)
-
-    def _student(self, rule: str, rows: Artifact) -> Artifact:
+    def student(self, rule: str | None = None, *, rows: Artifact | None = None) -> Artifact:
+        """Name the student trained with a rule on rows, the experiment's own when not given."""
         # Its confidence is calibrated; students of before that have other names.
-        settings = {**self._training(rule), "confidence": "temperature"}
-        return self._artifact("student", "train", settings, rows)
+        settings = {
+            **self._training(rule or self.experiment.selection.rule),
+            "confidence": "temperature",
+        }
+        return self._artifact("student", "train", settings, rows or self.labelled)
 
     def _training(self, rule: str) -> dict[str, Any]:
         """Return what decides a student's weights, the labels aside."""
@@ -203,7 +203,7 @@ class Lineage:
         """
         if number == 0 and self.experiment.guide.start == "student":
             # Of the labels alone, or the rows written would follow from themselves.
-            return self._student(self.experiment.selection.rule, self.labels)
+            return self.student(rows=self.labels)
         guide = self.experiment.guide
         goes_on = {"weights": guide.weights} if number and guide.weights != "fresh" else {}
         return self._artifact(

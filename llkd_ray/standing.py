@@ -94,11 +94,10 @@ def _perhaps(leftover: Leftover) -> bool:
 
 def _named(lineage: Lineage) -> set[Path]:
     """Return the folders that an experiment, or a variant that it compares, may make or read."""
-    variants = [Lineage(variant.experiment) for variant in variants_of(lineage.experiment)]
-    artifacts = [
-        *lineage.artifacts,
-        *(labels for one in variants for labels in (one.corpus, one.readouts, one.labels)),
-    ]
+    variants = [variant.rows for variant in variants_of(lineage.experiment)]
+    artifacts = list(lineage.artifacts)
+    for one in variants:
+        artifacts += (one.corpus, one.readouts, one.labels, one.guided, one.labelled)
     ledgers = {one.ledger for one in (lineage, *variants)}
     return ledgers | {path for item in artifacts for path in (item.path, item.making)}
 

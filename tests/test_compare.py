@@ -79,7 +79,11 @@ def test_the_table_has_the_best_first_within_each_criterion():
     text = as_text(lines, {"accuracy": 0.5, "macro_f1": 0.25})
     names = [line.split()[0] for line in text.splitlines()]
     assert names == ["rule", "(teacher)", "llkd", "all"]
-    assert "0.900 ±0.000" in text
+    assert "0.900     0.900" in text
+    assert "±" not in text  # One seed says nothing of a standard deviation.
+    assert "0.850 ±0.071" in as_text(
+        table(llkd=[trial(30), trial(60)]), {"accuracy": 0.5, "macro_f1": 0.25}
+    )
     assert "0.250" in text
 
 
@@ -101,6 +105,25 @@ def test_variants_are_overrides_of_the_experiment():
     assert variants["top"].experiment.selection.rule == "top-fraction"
     assert [name for name, variant in variants.items() if variant.matched] == ["random"]
     assert all(variant.experiment.train.num_workers == 1 for variant in variants.values())
+
+
+def test_lessons_of_every_variant_are_those_of_the_experiment():
+    experiment = load_experiment(
+        QUICKSTART,
+        [
+            *("train.lessons=true", 'compare.rules=["llkd", "all"]'),
+            'compare.variants.fast=["train.learning_rate=1e-3", "student.layers=2"]',
+            'compare.variants.raw=["calibration.kind=none"]',
+            'compare.variants.none=["train.lessons=false"]',
+        ],
+    )
+    lineage = Lineage(experiment)
+    rows = {variant.name: variant.rows.labelled for variant in variants_of(experiment)}
+    for name in ("llkd", "all", "fast"):
+        assert rows[name].path == lineage.mixture.path
+    assert rows["raw"].noun == "mixture"
+    assert rows["raw"].path != lineage.mixture.path
+    assert rows["none"].path == lineage.labels.path
 
 
 def test_a_comparison_that_cannot_be_meant_is_refused():

@@ -34,8 +34,8 @@ def as_text(lines: Sequence[Line], teacher: Mapping[str, float]) -> str:
             [
                 line.variant,
                 line.criterion,
-                f"{line.accuracy:.3f} ±{line.accuracy_sd:.3f}",
-                f"{line.macro_f1:.3f} ±{line.macro_f1_sd:.3f}",
+                _mean(line.accuracy, line.accuracy_sd),
+                _mean(line.macro_f1, line.macro_f1_sd),
                 _interval(line.over.get("all")),
                 _interval(line.over.get("random")),
                 f"{line.best_macro_f1:.3f}",
@@ -52,6 +52,10 @@ def as_text(lines: Sequence[Line], teacher: Mapping[str, float]) -> str:
         for row in cells
     )
     return "\n".join(rows) + "\n"
+
+
+def _mean(value: float, sd: float | None) -> str:
+    return f"{value:.3f}" + ("" if sd is None else f" ±{sd:.3f}")
 
 
 def _interval(difference: Difference | None) -> str:

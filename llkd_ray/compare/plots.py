@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -27,19 +28,24 @@ def curves(
     axes = figure.subplots()
     axes.axhline(teacher_macro_f1, color="black", ls="--", lw=1, label="teacher")
     for position, (name, of_seeds) in enumerate(trials.items()):
-        color, marker = f"C{position % 10}", "os^Dv"[position % 5]
-        epochs = min(len(trial.epochs) for trial in of_seeds)
-        rows = np.array([[row["row_steps"] for row in trial.epochs[:epochs]] for trial in of_seeds])
-        scores = np.array(
-            [
-                [macro_f1(gold, of, num_classes) for of in trial.predicted[:epochs]]
-                for trial in of_seeds
-            ]
-        )
+        # Ten colours, five markers and four dashes: no two of twenty lines look alike.
+        look: dict[str, Any] = {
+            "color": f"C{position % 10}",
+            "ls": ("-", "--", "-.", ":")[position // 10 % 4],
+        }
+        rows = [[row["row_steps"] for row in trial.epochs] for trial in of_seeds]
+        scores = [[macro_f1(gold, of, num_classes) for of in trial.predicted] for trial in of_seeds]
         for x, y in zip(rows, scores, strict=True):
-            axes.plot(x, y, color=color, lw=0.6, alpha=0.5)
+            axes.plot(x, y, **look, lw=0.6, alpha=0.5)
+        # Some may have stopped early: the mean is over the epochs that all have.
+        epochs = min(map(len, rows))
         axes.plot(
-            rows.mean(axis=0), scores.mean(axis=0), color=color, lw=2, marker=marker, label=name
+            np.mean([x[:epochs] for x in rows], axis=0),
+            np.mean([y[:epochs] for y in scores], axis=0),
+            **look,
+            lw=2,
+            marker="os^Dv"[position % 5],
+            label=name,
         )
     axes.set_xlim(left=0)
     axes.set_xlabel("rows trained on, summed over the epochs")

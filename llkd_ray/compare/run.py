@@ -163,11 +163,9 @@ def _trials(
 
 def _work(variant: Variant, out: Path) -> Work:
     experiment = variant.experiment
-    # Its own labels: a variant may be another calibration.
-    lineage = Lineage(experiment)
-    validation = (lineage.corpus.path / "validation").resolve()
+    validation = (variant.rows.corpus.path / "validation").resolve()
     return Work(
-        labels=(lineage.labelled.require().path / "unlabeled").resolve(),
+        labels=(variant.rows.labelled.require().path / "unlabeled").resolve(),
         validation=validation if count_rows(validation, with_gold=True) else None,
         label_names=experiment.task.label_names,
         selection=experiment.selection,
@@ -180,10 +178,12 @@ def _work(variant: Variant, out: Path) -> Work:
 
 def _file(lineage: Lineage, variant: Variant, seed: int) -> Path:
     """Return where a trial is kept, without its ending; the name follows from what decides it."""
+    rows = variant.rows.labelled
     settled = Lineage(variant.experiment.model_copy(update={"seed": seed}))
-    decides = settled.student().fingerprint
+    decides = settled.student(rows=rows).fingerprint
     if variant.matched:
         own = rule_named("llkd", lineage.experiment.selection)
         llkd = settled.experiment.model_copy(update={"selection": own})
-        decides = fingerprint({"random": decides, "like": Lineage(llkd).student().fingerprint})
+        like = Lineage(llkd).student(rows=rows).fingerprint
+        decides = fingerprint({"random": decides, "like": like})
     return (lineage.run / _TRIALS / decides).resolve()

@@ -32,10 +32,10 @@ class Line:
     criterion: str
     seeds: int
     accuracy: float
-    accuracy_sd: float
-    """Sample standard deviation over the seeds; 0 of a single one."""
+    accuracy_sd: float | None
+    """Sample standard deviation over the seeds; None of a single one."""
     macro_f1: float
-    macro_f1_sd: float
+    macro_f1_sd: float | None
     best_macro_f1: float
     """Of the epoch that is best on the test rows: a perfect criterion would find it; no result."""
     epoch: float
@@ -154,5 +154,6 @@ def _line(
     )
 
 
-def _sd(values: Sequence[float]) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+def _sd(values: Sequence[float]) -> float | None:
+    """Return the standard deviation over seeds; one alone says nothing of it."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None

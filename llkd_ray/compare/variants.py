@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from llkd_ray.config import Experiment, RandomRule, rule_named, with_overrides
+from llkd_ray.lineage import Lineage
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,8 @@ class Variant:
     experiment: Experiment
     matched: bool
     """Whether it keeps as many rows as the variant `llkd`."""
+    rows: Lineage
+    """Whose labels it is trained on: its own where it changes how they are made."""
 
 
 def variants_of(experiment: Experiment) -> list[Variant]:
@@ -30,7 +33,16 @@ def variants_of(experiment: Experiment) -> list[Variant]:
     for name in section.rules:
         rule = rule_named(name, alone.selection)
         chosen = alone.model_copy(update={"selection": rule})
-        found.append(Variant(name, chosen, match and isinstance(rule, RandomRule)))
+        matched = match and isinstance(rule, RandomRule)
+        found.append(Variant(name, chosen, matched, Lineage(experiment)))
     for name, overrides in section.variants.items():
-        found.append(Variant(name, with_overrides(alone, overrides), matched=False))
+        chosen = with_overrides(alone, overrides)
+        found.append(Variant(name, chosen, matched=False, rows=_rows(experiment, chosen)))
     return sorted(found, key=lambda variant: variant.matched)
+
+
+def _rows(experiment: Experiment, variant: Experiment) -> Lineage:
+    """Name the labels of a variant; lessons are those written for the experiment's own student."""
+    train = experiment.train.model_copy(update={"lessons": variant.train.lessons})
+    own = {"train": train, "student": experiment.student, "selection": experiment.selection}
+    return Lineage(variant.model_copy(update={**own, "seed": experiment.seed}))
