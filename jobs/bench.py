@@ -54,6 +54,7 @@ def targets(experiment: Experiment) -> "Generator[Target, None, None]":
     """Yield each endpoint while it answers: those that serve already, and ours, deployed for it."""
     from llkd_ray.bench.session import Target
     from llkd_ray.cluster import ray_session
+    from llkd_ray.lineage import Lineage
     from llkd_ray.serving.ingress import environment_of
 
     section = experiment.bench
@@ -63,12 +64,15 @@ def targets(experiment: Experiment) -> "Generator[Target, None, None]":
         for other in section.others
     ]
     os.environ.update(environment_of(experiment.serve))  # Serve reads it when it is imported.
+    from llkd_ray.serving.targets import model_name
+
     with ExitStack() as stack:
         if any(section.url_of(name) is None for name in section.targets):
             stack.enter_context(ray_session(experiment.ray))
         for name in section.targets:
             with endpoint(experiment, name) as url:
-                yield Target(name, url, kind=name, token=own)
+                model = model_name(name, Lineage(experiment))
+                yield Target(name, url, kind=name, model=model, token=own)
     yield from others
 
 

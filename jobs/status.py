@@ -33,7 +33,11 @@ def status(experiment: Experiment) -> None:
         )
         seconds += made.seconds if made else 0
         cost_usd += one.cost_usd
-    print(f"made in {seconds / 3600:.2f} hours; the teacher's answers cost {cost_usd:.4f} USD")
+    # Of the calls that ended: what one did that was killed is in no manifest.
+    print(
+        f"the calls that made them took {seconds / 3600:.2f} hours and {cost_usd:.4f} USD of the "
+        "teacher's answers; calls that were killed are not counted"
+    )
     for stage, entry in last_of_each_stage(lineage.run).items():
         print(f"jobs/{stage}.py: {_told(entry)}")
     try:

@@ -96,6 +96,8 @@ AUDIT = pa.schema(
         pa.field("teacher_threshold", pa.float64()),  # null where the rule has none
         pa.field("student_threshold", pa.float64()),
         pa.field("joint_threshold", pa.float64()),
+        # Of the student's probability of this class: freematch, flexmatch, confident-learning.
+        pa.field("probability_threshold", pa.float64()),
         pa.field("confidence_kept", pa.float64()),  # means; null where there is no row
         pa.field("confidence_dropped", pa.float64()),
         pa.field("uncertainty_kept", pa.float64()),
@@ -389,8 +391,8 @@ class EndpointSummary(_Keys):
     open_loop: list[Offered]
     """By rate, the lowest first."""
     intervals: dict[str, tuple[float, float]]
-    """Bootstrap 95 % intervals of p50, p95, p99 (ms), batch64_s, texts_per_s and
-    cost_usd_per_million."""
+    """Bootstrap 95 % intervals of p50, p95 and p99 (ms), as far as the requests are enough for
+    them, batch64_s, texts_per_s and cost_usd_per_million."""
 
 
 class BenchSummary(_Keys):
@@ -413,6 +415,14 @@ class BenchSummary(_Keys):
     def endpoints(self) -> dict[str, EndpointSummary]:
         """Every endpoint by name, teacher and student first."""
         return {"teacher": self.teacher, "student": self.student, **self.others}
+
+    @property
+    def latency_levels(self) -> list[str]:
+        """The percentiles that every endpoint was asked often enough for."""
+        ends = self.endpoints.values()
+        return [
+            level for level in ("p50", "p95", "p99") if all(level in end.intervals for end in ends)
+        ]
 
 
 class Summary(_Keys):

@@ -45,9 +45,9 @@ BENCH = BenchSection(
 )
 
 
-def send(url, *, protocol="llkd", kind="student", texts=None, advance=lambda _: None, **settings):
+def send(url, *, texts=None, advance=lambda _: None, target=(), **settings):
     return measure(
-        Target("student", url, protocol, kind=kind),
+        Target("student", url, **{"kind": "student", **dict(target)}),
         texts or questions(300),
         BENCH.model_copy(update={"request_timeout_s": 60.0, **settings}),
         advance=advance,
@@ -108,6 +108,7 @@ def test_ratios_are_of_the_batch_of_64_of_throughput_and_of_price():
     assert compared.throughput_ratio == pytest.approx(32)
     assert compared.cost_ratio == pytest.approx(32 * 10)
     assert list(compared.endpoints) == ["teacher", "student", "peer"]
+    assert compared.latency_levels == ["p50"]  # Ten requests say nothing of one in twenty.
     lines = table.lines(compared)
     assert lines[0].split() == ["teacher", "student", "peer", "student", ":", "teacher"]
     assert lines[1].split()[-1] == "16x"
@@ -128,6 +129,8 @@ def test_a_summary_is_made_of_answered_requests_alone():
     assert made.latency_ms.p50 == pytest.approx(np.percentile(np.arange(1, 101), 50))
     assert made.latency_ms.p99 == pytest.approx(np.percentile(np.arange(1, 101), 99))
     assert made.batch64_s == pytest.approx(0.3)
+    assert "p95" in made.intervals
+    assert "p99" not in made.intervals  # Above all of a hundred in more than one run of three.
     assert made.texts_per_s_by_clients == pytest.approx({1: 10.0, 2: 20.0})
     assert made.texts_per_s == pytest.approx(20.0)
     assert made.cost_usd_per_million == pytest.approx(1.0)
@@ -138,7 +141,7 @@ def test_intervals_hold_the_value_and_are_wider_where_requests_differ_more():
     rng = np.random.default_rng(0)
 
     def widths(spread):
-        seconds = rng.lognormal(0.0, spread, 200) / 100
+        seconds = rng.lognormal(0.0, spread, 300) / 100
         starts = np.concatenate([[0.0], np.cumsum(seconds)[:-1]])
         samples = [
             sample(name, start, 1000 * took, texts)
@@ -293,9 +296,12 @@ def test_refused_requests_are_samples_with_their_status(student_url):
 
 
 @pytest.mark.slow
-def test_a_student_where_a_teacher_was_expected_is_an_error(student_url):
+def test_another_endpoint_than_the_experiments_is_an_error(student_url):
     with pytest.raises(EndpointError, match="a teacher was expected there, this is a student"):
-        send(student_url, kind="teacher")
+        send(student_url, target={"kind": "teacher"})
+    with pytest.raises(EndpointError, match="student-new was expected there, this is student-test"):
+        send(student_url, target={"model": "student-new"})
+    assert send(student_url, target={"model": "student-test"}).model == "student-test"
 
 
 @pytest.mark.slow
@@ -426,7 +432,7 @@ class _SpeaksLikeTEI(_Speaks):
 @pytest.mark.parametrize(("protocol", "handler"), [("vllm", _Speaks), ("tei", _SpeaksLikeTEI)])
 def test_other_endpoints_are_measured_in_their_own_protocol(protocol, handler):
     with serving(handler) as url:
-        found = send(url, protocol=protocol)
+        found = send(url, target={"protocol": protocol})
     assert len(found.labels) > 100
     assert all(label == text[0] for text, label in found.labels.items())
     assert {s.status for s in found.samples} == {200}
@@ -478,7 +484,7 @@ def test_a_protocol_that_an_endpoint_does_not_speak_is_an_error():
             return super().answer({"inputs": [[text] for text in body["input"]]})
 
     with serving(Tei) as url, pytest.raises(EndpointError, match="not speak the protocol 'vllm'"):
-        send(url, protocol="vllm")
+        send(url, target={"protocol": "vllm"})
 
 
 def test_another_endpoint_gets_its_own_token():
@@ -486,7 +492,7 @@ def test_another_endpoint_gets_its_own_token():
     handler = type("Guarded", (_Speaks,), {"token": f"Bearer {token}"})
     with serving(handler) as url:
         with pytest.raises(EndpointError, match="it asks for a token"):
-            send(url, protocol="vllm")
+            send(url, target={"protocol": "vllm"})
         target = Target("peer", url, "vllm", token=token)
         found = measure(target, questions(300), BENCH)
     assert {s.status for s in found.samples} == {200}
@@ -508,7 +514,7 @@ def test_an_open_loop_sees_a_stall_that_a_closed_one_hides():
     single = {"single_requests": 50, "batch_requests": 1, "sweep_requests": 1}
     calm = {"latency_target_ms": 60_000.0, "open_s": 1.5, "rates_per_s": (100.0,)}
     with serving(Stalls) as url:
-        samples = send(url, protocol="vllm", **single, **calm).samples
+        samples = send(url, target={"protocol": "vllm"}, **single, **calm).samples
     alone = [s for s in samples if s.measure == "single"]
     offered = [s for s in samples if s.measure == "open"]
     # A busy machine may add a stall or two of its own.
@@ -530,7 +536,7 @@ def test_the_highest_rate_is_what_an_endpoint_can_do():
     few = {"single_requests": 5, "batch_requests": 1, "sweep_requests": 1}
     bench = {"latency_target_ms": 300.0, "open_s": 1.5, "search_tries": 6}
     with serving(OneAtATime) as url:
-        found = send(url, protocol="vllm", **few, **bench)
+        found = send(url, target={"protocol": "vllm"}, **few, **bench)
     # Fifty a second; more for as long as what waits stays within the latency that is allowed.
     assert 15 < found.max_rate_per_s <= 75
     made = summarize(found, bench=BENCH.model_copy(update=bench))
@@ -551,7 +557,7 @@ def test_a_connection_that_breaks_is_a_failed_request():
 
     Breaks.do_POST = _quietly(_Speaks.do_POST)
     with serving(Breaks) as url:
-        found = send(url, protocol="vllm")
+        found = send(url, target={"protocol": "vllm"})
     assert [s.status for s in found.samples].count(0) == 1
     assert summarize(found).failed == 1
 

@@ -201,6 +201,7 @@ def epoch_rows(*, gold: bool = True) -> list[dict[str, Any]]:
             "rows": 60,
             "distinct_rows": 40,
             "steps": 5 * epoch,
+            "row_steps": 20 * epoch,
             "loss": 1.0 / epoch,
             "validation_accuracy": 0.5 + 0.1 * epoch if gold else None,
             "validation_macro_f1": 0.4 + 0.1 * epoch if gold else None,
@@ -726,6 +727,25 @@ def test_plots_hold_for_many_classes_and_epochs():
     assert len(labelled) == 20
     assert max(map(len, labelled)) <= 24
     assert plots.purity(audit).get_size_inches()[1] < 12
+
+
+def test_thresholds_are_drawn_under_what_they_are_thresholds_of():
+    def titles(*epochs):
+        rows = [
+            {"epoch": epoch, "label": label, "rows": 9, "kept": 3, **of}
+            for epoch, of in enumerate(epochs, start=1)
+            for label in LABELS
+        ]
+        return [
+            axes.get_title(loc="left")
+            for axes in plots.thresholds(pa.Table.from_pylist(rows, schema.AUDIT)).axes
+        ]
+
+    [one] = titles({"probability_threshold": 0.6}, {"probability_threshold": 0.7})
+    assert "its probability of a class" in one
+    first, both = titles({"teacher_threshold": 0.7}, {"joint_threshold": 0.5})
+    assert first.startswith("Teacher")
+    assert both.startswith("Both")
 
 
 def test_purity_over_classes_is_weighted_by_rows():

@@ -360,7 +360,7 @@ def test_flexmatch_lowers_the_threshold_of_classes_not_yet_learned():
     signals = signals_of([[0.5, 0.5]] * 10, q)
     threshold = chosen_by(FlexMatchRule(threshold=0.95), SelectionState(), signals).thresholds
     # M(x) = x / (2 - x) of shares 8/8 and 2/8.
-    assert threshold["student"] == pytest.approx([0.95, 0.95 * 0.25 / 1.75])
+    assert threshold["probability"] == pytest.approx([0.95, 0.95 * 0.25 / 1.75])
 
 
 def test_confident_learning_drops_the_rows_that_cleanlab_drops():

@@ -13,6 +13,8 @@ from llkd_ray.metrics import Floats, Interval, Ints, bootstrap_interval, percent
 from llkd_ray.schema import BenchSummary, Bounded, EndpointSummary, Latency, Offered
 
 _RESAMPLES = 1000
+# No interval for a percentile that lies above all of so few requests more often than this.
+_ALL_BELOW = 0.1
 
 
 def cost_usd_per_million(usd_per_hour: float, texts_per_s: float) -> float:
@@ -99,7 +101,11 @@ def summarize(
         max_rate_per_s=measured.max_rate_per_s,
         open_loop=_offered(measured, bench),
         intervals={
-            **{f"p{percentile}": of_single(percentile) for percentile in (50, 95, 99)},
+            **{
+                f"p{percentile}": of_single(percentile)
+                for percentile in (50, 95, 99)
+                if (percentile / 100) ** len(single) < _ALL_BELOW
+            },
             "batch64_s": _bounds(
                 lambda rows: float(np.median(batch_s[rows])), len(batch_s), bench.seed
             ),

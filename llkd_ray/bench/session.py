@@ -25,6 +25,8 @@ class Target:
     url: str
     protocol: ProtocolName = "llkd"
     kind: str | None = None
+    """What its model card must say it is; None takes any."""
+    model: str | None = None
     """What its model card must call it; None takes any."""
     token: str | None = field(default=None, repr=False)
     """Bearer token, None to send none."""
@@ -84,6 +86,11 @@ class Session:
         if target.kind not in (None, kind):
             raise EndpointError(
                 f"{response.url}: a {target.kind} was expected there, this is a {kind}"
+            )
+        if target.model not in (None, name):
+            raise EndpointError(
+                f"{response.url}: {target.model} was expected there, this is {name}, of other "
+                "settings; start jobs/serve.py there with this experiment"
             )
         if largest > max_texts:
             raise EndpointError(

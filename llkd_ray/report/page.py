@@ -87,16 +87,16 @@ def draw(run: RunTables) -> dict[str, Plot]:
     drawn: dict[str, Plot] = {}
     own = run.students.get(run.experiment.own_student)
     if own is not None:
-        if _any(own.audit, "teacher_threshold") or _any(own.audit, "student_threshold"):
+        if any(_any(own.audit, name) for name in own.audit.column_names if "threshold" in name):
             drawn["thresholds"] = Plot(
                 plots.thresholds(own.audit),
                 "Thresholds",
-                "A row is kept where its signal reaches the threshold of its label.",
+                "A signal counts where it reaches the threshold of its class.",
             )
         drawn["kept"] = Plot(
             plots.kept(own.audit),
             "Rows kept",
-            "Rows that each epoch trained on, and their share of all rows with that label.",
+            "Rows that each epoch kept, and their share of all rows with that label.",
         )
         if _any(own.audit, "purity_all"):
             drawn["purity"] = Plot(

@@ -23,7 +23,7 @@ _MOMENTS = ((TEACHER, "s", -0.5), (STUDENT, "o", 0.5))
 
 @styled
 def thresholds(audit: pa.Table) -> Figure:
-    """Draw both thresholds of each class over the epochs, for the most frequent classes.
+    """Draw the thresholds of each class over the epochs, for the most frequent classes.
 
     Args:
         audit: `schema.AUDIT`, of a rule that has thresholds.
@@ -32,8 +32,11 @@ def thresholds(audit: pa.Table) -> Figure:
     titles = {
         "teacher_threshold": "Teacher: kept from this confidence on",
         "student_threshold": "Student: kept from this uncertainty on",
+        "joint_threshold": "Both: kept from this agreement on",
+        "probability_threshold": "Student: its probability of a class counts from here on",
     }
-    grids = {column: _by_class_and_epoch(audit, column, shown) for column in titles}
+    there = [column for column in titles if column in audit.column_names]
+    grids = {column: _by_class_and_epoch(audit, column, shown) for column in there}
     present = [column for column, grid in grids.items() if np.isfinite(grid).any()]
     figure = Figure(figsize=(6.4, 0.9 + 2.25 * len(present)), layout="constrained")
     panels = figure.subplots(len(present), 1, sharex=True, squeeze=False)[:, 0]
@@ -209,7 +212,7 @@ def accuracy(
     colors = [color for color in SERIES if color != TEACHER]
     for position, (rule, table) in enumerate(epochs.items()):
         color = colors[position % len(colors)]
-        rows = np.cumsum(table["kept"].to_numpy())
+        rows = table["row_steps"].to_numpy()
         validation = _numbers(table["validation_accuracy"])
         if np.isfinite(validation).any():
             marker = MARKERS[position % len(MARKERS)]
@@ -239,18 +242,24 @@ def accuracy(
 
 @styled
 def latency(bench: BenchSummary) -> Figure:
-    """Draw the latency percentiles of one text, one client, on a log scale."""
+    """Draw latency percentiles of one text, one client, with their intervals, on a log scale."""
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axes = figure.subplots()
-    levels = ("p50", "p95", "p99")
-    width = 0.8 / len(bench.endpoints)
+    levels, width = bench.latency_levels, 0.8 / len(bench.endpoints)
     for position, (name, end) in enumerate(bench.endpoints.items()):
         values = [getattr(end.latency_ms, level) for level in levels]
-        shift = (position + 0.5) * width - 0.4
+        places = np.arange(len(levels)) + (position + 0.5) * width - 0.4
         color = _endpoint_color(position)
-        bars = axes.bar(np.arange(3) + shift, values, 0.95 * width, color=color, label=_short(name))
-        axes.bar_label(bars, [readable(value) for value in values], padding=2, fontsize=9)
-    axes.set_xticks(range(3), ["median", "95th percentile", "99th percentile"])
+        axes.bar(places, values, 0.95 * width, color=color, label=_short(name))
+        bounds = np.array([end.intervals[level] for level in levels])
+        axes.vlines(places, *bounds.T, color=INK, lw=1.2)
+        for place, top, value in zip(places, np.fmax(values, bounds[:, 1]), values, strict=True):
+            axes.annotate(
+                readable(value), (place, top), (0, 2), textcoords="offset points", ha="center",
+                va="bottom", fontsize=9,
+            )  # fmt: skip
+    named = {"p50": "median", "p95": "95th percentile", "p99": "99th percentile"}
+    axes.set_xticks(range(len(levels)), [named[level] for level in levels])
     axes.set_ylabel("latency (ms, log scale)")
     _log_axis(axes)
     axes.grid(visible=False, axis="x")

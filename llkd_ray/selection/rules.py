@@ -279,7 +279,7 @@ def _freematch(
         confidence >= threshold[signals.predicted],
         signals,
         state.with_levels(student=levels),
-        {"student": threshold},
+        {"probability": threshold},
     )
 
 
@@ -294,7 +294,7 @@ def _flexmatch(
     # Rows that no class has learned yet hold all thresholds down, at first to zero.
     beta = learned / max(learned.max(), rows.sum() - learned.sum(), 1.0)
     threshold = beta / (2 - beta) * rule.threshold
-    return _kept(confidence >= threshold[predicted], signals, state, {"student": threshold})
+    return _kept(confidence >= threshold[predicted], signals, state, {"probability": threshold})
 
 
 def _confident_learning(
@@ -317,7 +317,7 @@ def _confident_learning(
     guess = np.where(reached, q, -1.0).argmax(axis=1)
     agrees = (guess == signals.label) | (signals.predicted == signals.label)
     keep = agrees | ~reached.any(axis=1)
-    return _kept(keep, signals, state, {"student": threshold})
+    return _kept(keep, signals, state, {"probability": threshold})
 
 
 def _joint(

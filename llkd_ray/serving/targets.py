@@ -65,6 +65,17 @@ def serve_config(args: Named) -> dict[str, Any]:
     }
 
 
+def model_name(target: Kind, lineage: Lineage) -> str:
+    """Return what the endpoint of an experiment calls itself."""
+    match target:
+        case "student":
+            return f"{lineage.own.noun}-{lineage.own.fingerprint}"
+        case "teacher":
+            return f"teacher-{lineage.labels.fingerprint}"
+        case "cascade":
+            return f"cascade-{lineage.cascade.fingerprint}"
+
+
 def application_of(target: Kind, lineage: Lineage, config: ServeSection) -> serve.Application:
     """Describe the endpoint of an experiment's student, of its teacher, or of both.
 
@@ -80,15 +91,13 @@ def application_of(target: Kind, lineage: Lineage, config: ServeSection) -> serv
         ConfigError: The token's environment variable is empty.
     """
     experiment = lineage.experiment
-    max_length = experiment.student.max_length
+    max_length, name = experiment.student.max_length, model_name(target, lineage)
     match target:
         case "student":
             folder = (lineage.served.require().path / MODEL).resolve()
-            name = f"{lineage.own.noun}-{lineage.own.fingerprint}"
             return student_app(folder, name, max_length, config)
         case "teacher":
-            model = _teacher(lineage)
-            return teacher_app(model, f"teacher-{lineage.labels.fingerprint}", config)
+            return teacher_app(_teacher(lineage), name, config)
         case "cascade":
             folder = (lineage.served.require().path / MODEL).resolve()
             chosen = CascadeSummary.model_validate_json(
@@ -97,7 +106,7 @@ def application_of(target: Kind, lineage: Lineage, config: ServeSection) -> serv
             _log.info("cascade: threshold %.3f: %s", chosen.threshold, chosen.reason)
             return cascade_app(
                 folder,
-                f"cascade-{lineage.cascade.fingerprint}",
+                name,
                 max_length,
                 config,
                 handover=Handover(chosen.threshold, experiment.cascade.abstain_below),

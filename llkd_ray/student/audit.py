@@ -75,7 +75,7 @@ def audit_classes(
             **_class_row({key: float(values[y]) for key, values in sums.items()}, asked=asked),
             **{
                 f"{signal}_threshold": _number(selection.thresholds.get(signal), y)
-                for signal in ("teacher", "student", "joint")
+                for signal in ("teacher", "student", "joint", "probability")
             },
         }
         for y, name in enumerate(label_names)
