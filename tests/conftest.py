@@ -62,6 +62,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: group(item) not in slow)
 
 
+# Slow tests that wait more than they compute: for nodes that come, go, or are found dead.
+BESIDE = ("test_autoscaling", "test_node_loss", "test_storage")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make two streams of the tests, for pytest-xdist's two workers.
+
+    In one the slow tests that compute, one after the other, on one private Ray and one `small_run`;
+    beside it the fast ones, file by file, and then the slow ones that wait.
+    """
+
+    def stream(item: pytest.Item) -> str:
+        if not item.get_closest_marker("slow"):
+            return item.path.stem
+        return "beside" if item.path.stem in BESIDE else "slow"
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(stream(item)))
+    items.sort(key=lambda item: {"slow": 0, "beside": 2}.get(stream(item), 1))
+
+
 @dataclass(frozen=True)
 class Run:
     """A run of the small experiment in a folder of its own."""
