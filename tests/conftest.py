@@ -45,23 +45,6 @@ SMALL = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the tests out to pytest-xdist's workers by file, the files with slow tests first.
-
-    What needs the whole flow goes to one worker, so that it runs once. Files with fast tests alone
-    come last and fill the time in which one worker would wait for the other.
-    """
-
-    def group(item: pytest.Item) -> str:
-        return "small_run" if "small_run" in getattr(item, "fixturenames", ()) else item.path.stem
-
-    slow = {group(item) for item in items if item.get_closest_marker("slow")}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: group(item) not in slow)
-
-
 # Slow tests that wait more than they compute: for nodes that come, go, or are found dead.
 BESIDE = ("test_autoscaling", "test_node_loss", "test_storage")
 
