@@ -235,9 +235,19 @@ def make_once(folder: Path, fill: Callable[[Path], None]) -> None:
     Args:
         folder: To be made, unless it is there.
         fill: Writes into the folder it is given, which then takes its place.
+
+    Raises:
+        ArtifactError: Nothing can be written there.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.parent / f".{folder.name}.lock", "w") as lock:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = open(folder.parent / f".{folder.name}.lock", "w")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise ArtifactError(
+            f"{folder.parent}: cannot be written ({error.strerror}); set cache=FOLDER to one that "
+            "can"
+        ) from None
+    with file as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if folder.is_dir():
             return

@@ -114,8 +114,13 @@ def prepare(config: CorpusSection, task: TaskSection, folder: Path) -> Prepared:
         )
     if prepared.splits["unlabeled"] == 0:
         raise CorpusError(
-            f"corpus.source = {config.source!r}: no row is left to label; lower "
-            "corpus.validation_fraction and corpus.test_fraction"
+            f"corpus.source = {config.source!r}: no row is left to label; "
+            + (
+                f"{examples} of {read} are examples that the teacher is shown: lower "
+                "task.max_examples, or name other rows in task.examples_source"
+                if examples
+                else "lower corpus.validation_fraction and corpus.test_fraction"
+            )
         )
     return prepared
 

@@ -38,15 +38,16 @@ def digests(paths: Sequence[Path], memory: Path) -> list[str]:
         }
     read = {path: entry for path, entry in taken.items() if entry[2]}
     if read != known:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_text(memory, json.dumps(read))
+        with contextlib.suppress(OSError):  # Then they are taken anew next time.
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_text(memory, json.dumps(read))
     return [taken[str(path)][2] for path in paths]
 
 
 def _remembered(memory: Path) -> dict[str, list[Any]]:
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
 

@@ -6,6 +6,7 @@ a `CorpusError`. Bytes that are not UTF-8 become lone surrogates, which no valid
 """
 
 import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -152,7 +153,7 @@ def _files(config: CorpusSection, examples_source: str | None = None) -> list[_F
         setting, source = "task.examples_source", examples_source
     try:
         if "://" in source:
-            filesystem, path = pyarrow.fs.FileSystem.from_uri(source)
+            filesystem, path = pyarrow.fs.FileSystem.from_uri(_with_an_end(source))
         else:
             filesystem, path = pyarrow.fs.LocalFileSystem(), str(Path(source).expanduser())
         info = filesystem.get_file_info(path)
@@ -161,23 +162,52 @@ def _files(config: CorpusSection, examples_source: str | None = None) -> list[_F
             infos = [found for found in filesystem.get_file_info(selector) if found.is_file]
         else:
             infos = [info]
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CorpusError(f"{setting} = {source!r}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # noqa: BLE001 - file systems of others raise what they like
+        reason = str(error).strip() or type(error).__name__
+        raise CorpusError(f"{setting} = {source!r}: {reason.splitlines()[0]}") from None
     if info.type == pyarrow.fs.FileType.NotFound:
         built_in = ", ".join(embedded.CORPORA)
         raise CorpusError(
             f"{setting} = {source!r}: no such file or folder, nor built in ({built_in})"
         )
+    infos.sort(key=lambda found: found.path)
     files = [
         _File(filesystem, found.path, found.size, found.mtime_ns or 0)
-        for found in sorted(infos, key=lambda found: found.path)
-        if Path(found.path).suffix in _FORMATS
+        for found in infos
+        if _suffix(found.path) in _FORMATS
     ]
+    others = [
+        found.base_name
+        for found in infos
+        if _suffix(found.path) not in _FORMATS and not found.base_name.startswith((".", "_"))
+    ]
+    if files and others:
+        _tell_left_out(setting, source, len(others), others[0])
     if not files:
         raise CorpusError(
             f"{setting} = {source!r}: no file that ends in {', '.join(_FORMATS)} there"
         )
     return files
+
+
+@functools.cache  # Once a job, though files are listed for the fingerprint and to be read.
+def _tell_left_out(setting: str, source: str, files: int, first: str) -> None:
+    ends = ", ".join(_FORMATS)
+    _log.warning(
+        "%s = %r: left out %d files that do not end in %s: %s%s",
+        *(setting, source, files, ends, first, " and others" if files > 1 else ""),
+    )
+
+
+def _suffix(path: str) -> str:
+    return Path(path).suffix.lower()
+
+
+def _with_an_end(uri: str) -> str:
+    """Have Google's store give up after a minute, where it would try for a quarter of an hour."""
+    if not uri.startswith(("gs://", "gcs://")) or "retry_limit_seconds=" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds=60"
 
 
 def _read_trec(path: Path) -> Iterator[SourceRow]:
@@ -194,7 +224,7 @@ def _read_file(file: _File, text: str, gold: str | None) -> Iterator[SourceRow]:
     """Yield the rows of a file; whatever is wrong with it as a whole is a CorpusError."""
     if file.size_bytes == 0:
         raise CorpusError(f"{file.path}: the file is empty")
-    suffix = Path(file.path).suffix
+    suffix = _suffix(file.path)
     reader = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl}[suffix]
     try:
         yield from reader(file, text, gold)
@@ -345,6 +375,17 @@ def _demand_columns(file: _File, names: list[str], text: str, gold: str | None) 
         if column is not None and names.count(column) != 1:
             problem = "more than one column" if column in names else "no column"
             told = ", ".join(names).encode(errors="backslashreplace").decode()
+            remedy = _misread(names) or f"set corpus.{setting}"
             raise CorpusError(
-                f"{file.path}: {problem} {column!r}; the columns are {told}: set corpus.{setting}"
+                f"{file.path}: {problem} {column!r}; the columns are {told}: {remedy}"
             )
+
+
+def _misread(names: list[str]) -> str | None:
+    """Say what to do about names that are no columns, but a file read in the wrong way."""
+    if any("\0" in name for name in names):
+        return "save the file as UTF-8"
+    for separator in (";", "\t", "|"):
+        if len(names) == 1 and separator in names[0]:
+            return f"they are separated by {separator!r}; save the file with commas"
+    return None

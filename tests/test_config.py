@@ -54,6 +54,9 @@ def test_the_experiments_own_rule_keeps_its_settings() -> None:
         ("teacher.actors.min=3", "teacher.actors: min = 3 is above max = 1"),
         ("train.epochs", "write section.key=value"),
         ("name.first=a", "name is not a section"),
+        ("evaluate.compare_rules=[all]", "'[all]': a list belongs here; in a shell put quotes"),
+        ("selection=joint", "this is a section; did you mean selection.rule=joint?"),
+        ('task.labels=["a", "b"]', "a table belongs here, for instance { name ="),
         ("name=../elsewhere", "name = '../elsewhere'"),
     ],
 )

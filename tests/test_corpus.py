@@ -158,14 +158,22 @@ def test_a_broken_csv_line_is_kept_aside_and_the_rest_goes_on(tmp_path: Path) ->
     assert [row["reason"] for row in rejected] == ["the line has 3 columns, not 2"]
 
 
-def test_a_folder_is_read_file_by_file_and_by_uri(tmp_path: Path) -> None:
+def test_a_folder_is_read_file_by_file_and_by_uri(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     write_parquet(folder / "1.parquet", text=["a"])
     (folder / "2.jsonl").write_text('{"text": "b"}')
+    (folder / "3.CSV").write_text("text\nc\n")
     (folder / "notes.txt").write_text("not data")
+    (folder / "_SUCCESS").write_text("")
     for source in (str(folder), folder.as_uri()):
-        assert [row.text for row in sources.read(config(source))] == ["a", "b"]
+        assert [row.text for row in sources.read(config(source))] == ["a", "b", "c"]
+        [told] = [one.getMessage() for one in caplog.records if source in one.getMessage()]
+        assert told.endswith(
+            "left out 1 files that do not end in .parquet, .csv, .jsonl: notes.txt"
+        )
 
 
 @pytest.mark.parametrize(
@@ -176,6 +184,12 @@ def test_a_folder_is_read_file_by_file_and_by_uri(tmp_path: Path) -> None:
         ("rows.parquet", b"", "the file is empty"),
         ("rows.parquet", b"PAR1 this is none", "not a readable parquet file"),
         ("rows.csv", b"a,b\n1,2\n", "no column 'text'; the columns are a, b"),
+        (
+            "rows.csv",
+            b"text;label\na,b;c\n",
+            "they are separated by ';'; save the file with commas",
+        ),
+        ("rows.csv", "text,label\na,c\n".encode("utf-16"), "save the file as UTF-8"),
         ("rows.jsonl", b'{"a": 1}', "no column 'text'; the columns are a"),
         ("rows.jsonl", b"\n\n", "there are no rows"),
     ],
@@ -205,6 +219,12 @@ def test_too_many_bad_rows_stop_the_job_with_the_commonest_reasons(tmp_path: Pat
     source = CorpusSection(source=str(path), max_rejected_fraction=0.5)
     with pytest.raises(TooManyRejectedError, match=r"3 of 4 rows.*the text is null \(2\)"):
         prepared(tmp_path, source)
+
+
+def test_a_corpus_that_is_all_examples_says_so(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "rows.parquet", text=["a", "b"], gold=["0", "1"])
+    with pytest.raises(CorpusError, match=r"2 of 2 are examples .* lower task\.max_examples"):
+        prepared(tmp_path, config(path, gold_column="gold"), with_pool(path))
 
 
 def test_examples_shown_to_the_teacher_are_left_out(tmp_path: Path) -> None:

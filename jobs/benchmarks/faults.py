@@ -166,8 +166,15 @@ def _fill(path: Path) -> None:
             file.write(bytes(4096))
 
 
-def _not_root() -> str | None:
-    return None if os.geteuid() == 0 else "only root can mount a small disk"
+def _no_small_disk() -> str | None:
+    if os.geteuid() != 0:
+        return "only root can mount a small disk"
+    with _scratch() as folder:
+        try:
+            with small_disk(Path(folder)):
+                return None
+        except subprocess.CalledProcessError as error:
+            return f"no disk can be mounted here: {error}"
 
 
 def _no_moto() -> str | None:
@@ -198,7 +205,7 @@ FAULTS = (
         functools.partial(hosts.cluster, with_redis=True),
         impossible=lambda: hosts.namespaces_missing() or _no_redis(),
     ),
-    Fault("disk-full", LabellingScene, disk_full, impossible=_not_root),
+    Fault("disk-full", LabellingScene, disk_full, impossible=_no_small_disk),
     Fault(
         "store-refuses",
         StoredLabellingScene,
@@ -284,9 +291,9 @@ def measure(names: Sequence[str]) -> dict[str, Any]:
             try:
                 outcomes.append(ground.run(fault))
                 print(f"{title}: {outcomes[-1]}", flush=True)
-            except ClusterError as error:
+            except Exception as error:  # noqa: BLE001 - the others are to be measured nonetheless
                 failed.append(title)
-                print(f"{title}: {error}", flush=True)
+                print(f"{title}: {type(error).__name__}: {error}", flush=True)
     header = ["fault", "during", "lost", "doubled", "failed", "recovered s", "seen"]
     print(figures.table(header, [list(asdict(outcome).values()) for outcome in outcomes]))
     if failed:

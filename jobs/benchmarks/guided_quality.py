@@ -4,8 +4,8 @@ Each DATA is a folder with train.parquet, columns `text` and `label`; its name c
 experiment, jobs/configs/NAME.toml. A student is trained on a small gold seed alone, then, by
 jobs/guide.py, in rounds on what SmolLM2 writes about what it gets wrong; with everything, without
 the validation report in the prompt, without wrong and hard rows in it, without the checks of the
-texts but for length and leaks. All are scored on the same gold test rows, beside the teacher,
-which answers as jobs/label.py has it do.
+texts but for length and leaks. Every student takes the same number of steps. All are scored on the
+same gold test rows, beside the teacher, which answers as jobs/label.py has it do.
 
 The seed's rows are the same for every seed number, which is that of training and sampling;
 task.examples are among them, so the student alone has all the gold that the teacher is shown.
@@ -36,13 +36,16 @@ SPLITS = {
     "banking77": (0.02, 0.06),
 }
 SEED_ROWS, SAMPLES = (100, 1000), 240
+# Of 16 rows; each student is that of the best epoch among them.
+STEPS = 150
 TRAINING = (
     "train.learning_rate=2e-4",
     "train.batch_size=16",
     "train.num_workers=1",
     "train.threads_per_worker=2",
     "train.keep_signals=false",
-    "train.epochs=6",
+    # Not in epochs: of those a student of more rows would take more steps, and gain by that alone.
+    f"train.steps={STEPS}",
     "student.head=mean",
     "student.max_length=64",
 )

@@ -42,8 +42,13 @@ def namespaces_missing() -> str | None:
         return "only root can make network namespaces"
     if shutil.which("ip") is None:
         return "there is no `ip` here (Debian: apt-get install iproute2)"
-    done = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False)
-    return done.stderr.strip() or None
+    # By making one: root in a container may list them and make none.
+    for verb in ("add", "delete"):
+        command = ["ip", "netns", verb, f"llkd-try-{os.getpid()}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return done.stderr.strip()
+    return None
 
 
 @dataclass

@@ -6,7 +6,7 @@ which loads nothing: measured is everything around a teacher, and no label.
 
 Measured are the driver and, of the Ray workers that read the corpus, the one that holds most: what
 is resident and a process's own, at its peak. The object store is left out; its size is fixed. Ray
-Data keeps about 5 KB of every block in the driver until a dataset is done; there are 2,000 at most.
+Data keeps about 5 KB of every block in the driver until a dataset is done; there are 8,000 at most.
 """
 
 import contextlib

@@ -223,14 +223,17 @@ def default_layout_rate(experiment: Experiment, texts: list[str], tokens: list[i
     """Return rows per second with the text first and vLLM's own block size."""
     from transformers import AutoTokenizer
 
+    from llkd_ray.teacher.actor import pool_of
     from llkd_ray.teacher.pretrained import teacher_folder
-    from llkd_ray.teacher.wording import Wording, label_words
+    from llkd_ray.teacher.shots import choose_shots
+    from llkd_ray.teacher.wording import Wording
 
     task = experiment.task
     folder = teacher_folder(experiment.teacher.model, experiment.cache)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    wording = Wording(task, label_words(task))
-    prefix = wording.prefix(task.examples)
+    wording = Wording.in_words(task)
+    shots = choose_shots(task, experiment.teacher.shots, pool_of(experiment))
+    prefix = wording.prefix(shots.shared)
     prompts = [
         tokenizer(f"{task.text_prefix} {text}\n\n{prefix}{task.label_prefix}")["input_ids"]
         for text in texts

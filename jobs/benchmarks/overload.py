@@ -69,6 +69,7 @@ async def measure(url: str, *, quick: bool) -> dict[str, Any]:
     shed = [answer for answer in over if answer.status == served.TOO_MANY and answer.told_when]
     accepted = [answer for answer in over if answer.status == served.OK]
     p99_ms, p99_after_ms = served.percentile(over, 99), served.percentile(after, 99)
+    slowest_after_ms = served.percentile(after, 100)
     rows = [
         [name, *numbers, served.statuses(answers)]
         for name, numbers, answers in (
@@ -89,8 +90,8 @@ async def measure(url: str, *, quick: bool) -> dict[str, Any]:
         "other": len(over) - len(shed) - len(accepted),
         "memory_growth_mb": round(memory.growth_mb, 1),
         "recovered": all(answer.status == served.OK for answer in after)
-        and p99_after_ms is not None
-        and p99_after_ms <= _TARGET_MS,
+        and slowest_after_ms is not None
+        and slowest_after_ms <= _TARGET_MS,
         "capacity_requests_per_s": round(capacity, 1),
         "accepted_requests_per_s": round(len(accepted) / over[-1].at_s, 1),
     }

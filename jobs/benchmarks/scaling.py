@@ -36,7 +36,7 @@ class Stage:
     seal_s: float = 0.0
     """Sealing one shard, its look-up among few entries included; measured here."""
     block_kb: float = 5.0
-    """Driver memory for a block of a window; measured in label_memory.py."""
+    """Driver memory for a block of a window; stated."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import label_throughput
 import student_ladder
 
 from llkd_ray.config import BenchSection, Experiment, ServeTarget, load_experiment
+from llkd_ray.errors import EndpointError
 from llkd_ray.schema import EndpointSummary
 
 JOBS = Path(__file__).parents[1]
@@ -146,7 +147,11 @@ def measure(
     app = application_of(target, Lineage(experiment), experiment.serve)
     with running(app, experiment.serve, free_port=True) as url:
         measured = load.measure(Target(target, url, kind=target), list(gold), bench)
-    return summarize(measured, bench, usd_per_hour=bench.usd_per_hour_of(target), gold=gold)
+    summary = summarize(measured, bench, usd_per_hour=bench.usd_per_hour_of(target), gold=gold)
+    if summary.failed:
+        # Left out of all figures, they would make an endpoint faster, and judge it by other texts.
+        raise EndpointError(f"{target}: {summary.failed} of {summary.requests} requests failed")
+    return summary
 
 
 def figures_of(

@@ -140,7 +140,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     """
     file = Path(path)
     try:
-        tree = tomllib.loads(file.read_text(encoding="utf-8"))
+        tree = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(
             f"{file}: no such experiment file; try jobs/configs/quickstart.toml"
@@ -237,6 +237,21 @@ def _explain(error: ValidationError) -> str:
         case "value_error":
             where = f"{dotted}: " if dotted else ""
             return f"{where}{problem['msg'].removeprefix('Value error, ')}{more}"
+        case "tuple_type":
+            return (
+                f"{dotted} = {problem['input']!r}: a list belongs here; in a shell put quotes "
+                f"around it, as in 'evaluate.compare_rules=[\"all\"]'{more}"
+            )
+        case "model_type" | "model_attributes_type" if dotted in _KINDS:
+            chosen = f"{dotted}.{_KINDS[dotted].chooser}={problem['input']}"
+            return (
+                f"{dotted} = {problem['input']!r}: this is a section; did you mean {chosen}?{more}"
+            )
+        case "model_type" | "model_attributes_type":
+            return (
+                f"{dotted} = {problem['input']!r}: a table belongs here, for instance "
+                f'{{ name = "refund" }} where a label does{more}'
+            )
         case _:
             message = problem["msg"][0].lower() + problem["msg"][1:]
             return f"{dotted} = {problem['input']!r}: {message}{more}"

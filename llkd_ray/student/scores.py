@@ -159,8 +159,9 @@ def _gold_of(test: Path, label_names: Sequence[str]) -> tuple[dict[str, int], Ro
     shards = read_shards(test)
     if not shards:
         raise ArtifactError(
-            f"{test}: the teacher labelled no test row, so it cannot be scored; give corpus."
-            'test_fraction a share, teacher.splits the name "test", and run python jobs/label.py'
+            f"{test}: there is no labelled test row, so nothing can be scored: it takes "
+            "corpus.gold_column, a share of rows in corpus.test_fraction, and teacher.splits with "
+            '"test" in it; then run python jobs/prepare.py and jobs/label.py'
         )
     taken = 0
     gold: dict[str, int] = {}

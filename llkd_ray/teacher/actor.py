@@ -63,17 +63,20 @@ class Opening:
         """Return the prompt of a teacher that runs here, built without its weights.
 
         Raises:
-            TeacherError: The labels or the prompt do not suit its tokenizer.
+            TeacherError: It has no tokenizer, or the labels or the prompt do not suit it.
         """
         if not isinstance(self.teacher, VLLMTeacher):
             return None
         from transformers import AutoTokenizer
 
-        from llkd_ray.teacher.pretrained import teacher_folder
+        from llkd_ray.teacher.pretrained import no_tokenizer, teacher_folder
         from llkd_ray.teacher.prompt import Prompt
 
         folder = teacher_folder(self.teacher.model, self.cache)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise TeacherError(no_tokenizer(f"teacher.model = {folder}", error)) from None
         return Prompt.of(tokenizer, self.task, self.teacher, self.pool)
 
     def start(self) -> Teacher:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llkd_ray.teacher.pretrained import encoder_folder
+from llkd_ray.errors import TeacherError
+from llkd_ray.teacher.pretrained import encoder_folder, no_tokenizer
 
 _BATCH = 32
 # Sentence encoders are trained on a few sentences; what comes after changes the mean little.
@@ -29,7 +30,7 @@ class Encoder:
             setting: That names it, for the error.
 
         Raises:
-            TeacherError: It is not there.
+            TeacherError: It is not there, or it has no tokenizer.
         """
         # Heavy, and few runs need them.
         import torch
@@ -38,7 +39,10 @@ class Encoder:
 
         folder = encoder_folder(name, setting)
         loading: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(folder, **loading)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **loading)
+        except (OSError, ValueError) as error:
+            raise TeacherError(no_tokenizer(f"{setting} = {folder}", error)) from None
         # A copy whose settings never change again, so that threads can share it.
         self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._tokenizer.enable_truncation(min(_MAX_TOKENS, tokenizer.model_max_length))

@@ -81,6 +81,12 @@ def from_hub(setting: str, model: str) -> Path:
         ) from None
 
 
+def no_tokenizer(what: str, error: Exception) -> str:
+    """Say that a model's folder has no tokenizer that can be loaded."""
+    reason = str(error).strip().splitlines()[0]
+    return f"{what}: no tokenizer can be loaded: {reason}; copy its tokenizer files there, too"
+
+
 def _named_folder(setting: str, model: str, known: Iterable[str]) -> Path:
     folder = from_hub(setting, model) if is_on_hub(model) else Path(model).expanduser()
     if not (folder / "config.json").is_file():
