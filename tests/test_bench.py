@@ -32,6 +32,7 @@ from llkd_ray.serving.application import application
 from llkd_ray.serving.deploy import running, student_app
 from llkd_ray.serving.protocol import model_card
 from llkd_ray.serving.student import StudentClassifier
+from llkd_ray.serving.targets import model_name
 
 CONFIG = ServeSection(port=0, max_text_chars=300)
 BENCH = BenchSection(
@@ -440,15 +441,24 @@ def test_other_endpoints_are_measured_in_their_own_protocol(protocol, handler):
 
 
 @pytest.mark.slow
-def test_the_job_measures_another_endpoint_beside_teacher_and_student(student_url, tmp_path):
+def test_the_job_measures_another_endpoint_beside_teacher_and_student(tmp_path):
     labels, corpus = make_split_folders(tmp_path, 10, 10, 100)
-    # What answers as the teacher is not the point, only that it says it is one.
-    card = model_card("teacher", "teacher-test", LABELS, CONFIG)
-    classifier = StudentClassifier(untrained_student(tmp_path / "student"), 128, CONFIG)
-    with answering(application(card, classifier, None)) as teacher_url:
+    overrides = (f"runs={tmp_path}/runs", *SMALL, "bench.search_tries=0", "serve.backend=torch")
+    # What answers as the teacher is not the point, only that it says it is the run's.
+    patient = CONFIG.model_copy(update={"max_queue_ms": 60_000})
+    classifier = StudentClassifier(untrained_student(tmp_path / "student"), 128, patient)
+    teacher, student = (
+        application(
+            model_card(kind, model_name(kind, Run(overrides).lineage), LABELS, CONFIG),
+            classifier,
+            None,
+        )
+        for kind in ("teacher", "student")
+    )
+    with answering(teacher) as teacher_url, answering(student) as student_url:
         run = Run(
             (
-                *(f"runs={tmp_path}/runs", *SMALL, "bench.search_tries=0", "serve.backend=torch"),
+                *overrides,
                 *(f"bench.teacher_url={teacher_url}", f"bench.student_url={student_url}"),
                 f'bench.others=[{{name="peer", url="{student_url}", protocol="tei", '
                 "usd_per_hour=0.3}]",

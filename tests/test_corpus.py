@@ -331,6 +331,8 @@ def test_a_file_of_the_same_size_and_time_is_not_read_again(tmp_path: Path) -> N
     assert digests([path], memory) == found
     memory.write_text('{"cut off')
     assert digests([path], memory) == [hashlib.sha256(b"other").hexdigest()]
+    nowhere = Path("/proc/no_cache/memory.json")
+    assert digests([path], nowhere) == [hashlib.sha256(b"other").hexdigest()]
     folder = tmp_path / "no_file"
     folder.mkdir()
     assert digests([folder], memory) == [""], "what cannot be read is the reader's to tell"

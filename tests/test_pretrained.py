@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llkd_ray import embedded
 from llkd_ray.config import load_experiment
 from llkd_ray.errors import LLKDError, TeacherError
+from llkd_ray.teacher.actor import Opening
+from llkd_ray.teacher.embedding import Encoder
 from llkd_ray.teacher.pretrained import encoder_folder, teacher_folder
 
 CACHE = load_experiment(QUICKSTART).cache
@@ -27,6 +29,21 @@ def test_weights_that_can_run_code_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(TeacherError, match=r"no \*\.safetensors"):
         teacher_folder(str(tmp_path), CACHE)
+
+
+def test_a_model_without_its_tokenizer_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    teacher = load_experiment(QUICKSTART, [f"teacher.model={tmp_path}"])
+    with pytest.raises(TeacherError, match=r"teacher\.model = .*: no tokenizer can be loaded: "):
+        Opening.of(teacher).prompt()
+    with pytest.raises(TeacherError, match=r"calibration\.encoder = .*: no tokenizer"):
+        Encoder(str(tmp_path), "calibration.encoder")
+
+
+def test_a_cache_that_cannot_be_written_is_told() -> None:
+    with pytest.raises(LLKDError, match=r"/proc/no_cache: cannot be written .* set cache=FOLDER"):
+        teacher_folder("smollm2-135m-instruct", "/proc/no_cache")
 
 
 def test_a_model_of_the_hub_is_taken_from_its_cache_by_revision(
