@@ -46,25 +46,28 @@ SMALL = (
 
 
 # Slow tests that wait more than they compute: for nodes that come, go, or are found dead.
-BESIDE = ("test_autoscaling", "test_node_loss", "test_storage")
+WAITING = ("test_autoscaling", "test_node_loss", "test_storage")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Make two streams of the tests, for pytest-xdist's two workers.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--stream",
+        choices=("computing", "beside"),
+        help="the slow tests that compute, or all others; .ci/run has both run at once",
+    )
 
-    In one the slow tests that compute, one after the other, on one private Ray and one `small_run`;
-    beside it the fast ones, file by file, and then the slow ones that wait.
-    """
 
-    def stream(item: pytest.Item) -> str:
-        if not item.get_closest_marker("slow"):
-            return item.path.stem
-        return "beside" if item.path.stem in BESIDE else "slow"
-
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    stream = config.getoption("--stream")
+    if stream is None:
+        return
+    of: dict[str, list[pytest.Item]] = {"computing": [], "beside": []}
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(stream(item)))
-    items.sort(key=lambda item: {"slow": 0, "beside": 2}.get(stream(item), 1))
+        computes = item.get_closest_marker("slow") and item.path.stem not in WAITING
+        of["computing" if computes else "beside"].append(item)
+    items[:] = of.pop(stream)
+    [others] = of.values()
+    config.hook.pytest_deselected(items=others)
 
 
 @dataclass(frozen=True)
