@@ -152,6 +152,20 @@ def bootstrap_interval(
     return Interval(statistic(np.arange(num_rows)), float(low), float(high))
 
 
+def reflected(interval: Interval) -> Interval:
+    """Turn a bootstrap interval around, for what noise makes larger, such as calibration errors.
+
+    Resamples are noisier than the rows, so that their values lie above the truth by about as much
+    as that of the rows does. Never below 0.
+
+    Source: the basic bootstrap, Davison and Hinkley 1997, Bootstrap Methods, section 5.2.
+    """
+    value = interval.value
+    return Interval(
+        value, max(0.0, 2 * value - interval.high), max(value, 2 * value - interval.low)
+    )
+
+
 def percentiles_ms(latencies_ms: Floats) -> dict[str, float]:
     """Return p50, p95 and p99 of latencies in milliseconds, linearly interpolated."""
     return {f"p{level}": float(np.percentile(latencies_ms, level)) for level in (50, 95, 99)}

@@ -83,6 +83,27 @@ def test_the_confident_half_is_the_upper_one_and_has_the_odd_row() -> None:
     assert found.ece == pytest.approx((0.4 + 0.3 + 0.1) / 3)
 
 
+def test_a_reflected_interval_holds_a_calibration_error_that_the_plain_one_lies_above() -> None:
+    rng = np.random.default_rng(0)
+    plain = turned = 0
+    for trial in range(60):
+        confidence = rng.random(512)
+        correct = rng.random(512) < np.clip(confidence - 0.04, 0, 1)  # Off by almost 0.04.
+
+        def error(
+            of: metrics.Ints, c: metrics.Floats = confidence, right: object = correct
+        ) -> float:
+            return metrics.expected_calibration_error(c[of], np.asarray(right)[of], 10)
+
+        found = metrics.bootstrap_interval(error, 512, 100, trial)
+        around = metrics.reflected(found)
+        assert 0 <= around.low <= around.value <= around.high
+        plain += found.low <= 0.04 <= found.high
+        turned += around.low <= 0.04 <= around.high
+    assert plain < 48  # Of 60.
+    assert turned >= 52
+
+
 def test_the_bootstrap_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     hits = 0

@@ -19,11 +19,13 @@ from llkd_ray.corpus import read_shards
 from llkd_ray.errors import ArtifactError
 from llkd_ray.metrics import (
     Floats,
+    Interval,
     Ints,
     accuracy,
     bootstrap_interval,
     expected_calibration_error,
     macro_f1,
+    reflected,
 )
 from llkd_ray.selection import Probabilities
 from llkd_ray.student.evaluate import predict
@@ -247,18 +249,21 @@ def _score(
     gold, predicted = outcome.gold, outcome.predicted
     bins = section.calibration_bins
 
-    def bounded(statistic: Callable[[Ints], float]) -> schema.Bounded:
-        interval = bootstrap_interval(statistic, len(gold), section.bootstrap_resamples, seed)
-        return schema.Bounded(**asdict(interval))
+    def interval(statistic: Callable[[Ints], float]) -> Interval:
+        return bootstrap_interval(statistic, len(gold), section.bootstrap_resamples, seed)
+
+    def bounded(found: Interval) -> schema.Bounded:
+        return schema.Bounded(**asdict(found))
 
     def calibration_error(confidence: Floats) -> schema.Bounded:
-        return bounded(
+        found = interval(
             lambda of: expected_calibration_error(confidence[of], gold[of] == predicted[of], bins)
         )
+        return bounded(reflected(found))
 
     return schema.ModelScore(
-        accuracy=bounded(lambda of: accuracy(gold[of], predicted[of])),
-        macro_f1=bounded(lambda of: macro_f1(gold[of], predicted[of], num_classes)),
+        accuracy=bounded(interval(lambda of: accuracy(gold[of], predicted[of]))),
+        macro_f1=bounded(interval(lambda of: macro_f1(gold[of], predicted[of], num_classes))),
         ece=calibration_error(outcome.confidence),
         rows=len(gold),
         ece_as_trained=calibration_error(outcome.as_trained) if temperature else None,
