@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llkd_ray import embedded
 from llkd_ray.artifacts import write_text
 from llkd_ray.progress import progress
 
@@ -42,6 +43,31 @@ def digests(paths: Sequence[Path], memory: Path) -> list[str]:
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_text(memory, json.dumps(read))
     return [taken[str(path)][2] for path in paths]
+
+
+def memory_of(what: str, cache: Path) -> Path:
+    """Return the file that remembers the hashes of a source or of a folder."""
+    return cache / f"digests/{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+
+
+def revision(model: str, cache: Path) -> str:
+    """Name the exact weights behind a model setting, for fingerprints.
+
+    A folder is named by all that its files hold: weights that were trained further, in the same
+    place or in another, are another model's. Anything else, as `embedded.revision` names it.
+
+    Args:
+        model: An embedded model, a folder, or a model of the hub.
+        cache: Folder that remembers hashes.
+    """
+    folder = Path(model).expanduser()
+    name = embedded.revision(model)
+    if name != model or not folder.is_dir():
+        return name
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    hashes = digests(files, memory_of(str(folder.resolve()), cache))
+    held = "".join(f"{file.name} {of}\n" for file, of in zip(files, hashes, strict=True))
+    return f"folder:{hashlib.sha256(held.encode()).hexdigest()[:16]}"
 
 
 def _remembered(memory: Path) -> dict[str, list[Any]]:

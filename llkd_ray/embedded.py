@@ -96,22 +96,13 @@ def write_whole(item: Embedded, path: Path) -> None:
 
 
 def revision(model: str) -> str:
-    """Name the exact weights behind a model setting, for fingerprints.
+    """Name the exact weights of an embedded model, by package and version.
 
-    An embedded model is named by its package and version, a folder by a hash of its small files
-    and the sizes of its weights, anything else (a hub name) by itself.
+    Anything else, as a model of the hub with its revision, is named by itself.
     """
     item = (TEACHERS | STUDENTS | CORPORA).get(model)
-    if item is not None:
-        for part in (item, *item.parts):
-            locate(part)
-        return f"{item.package}=={metadata.version(item.package)}"
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
+    if item is None:
         return model
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.is_file()):
-        digest.update(f"{file.name} {file.stat().st_size} ".encode())
-        if file.suffix == ".json":
-            digest.update(file.read_bytes())
-    return f"folder:{digest.hexdigest()[:16]}"
+    for part in (item, *item.parts):
+        locate(part)
+    return f"{item.package}=={metadata.version(item.package)}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from llkd_ray import embedded, sources, storage
+from llkd_ray import sources, storage
 from llkd_ray.artifacts import Artifact, fingerprint
 from llkd_ray.config import (
     Experiment,
@@ -22,6 +22,7 @@ from llkd_ray.config import (
     as_tree,
     rule_named,
 )
+from llkd_ray.digests import revision
 
 
 class Lineage:
@@ -83,7 +84,7 @@ class Lineage:
             "format": 1,
             "task": told,
             "kind": teacher.kind,
-            "model": embedded.revision(teacher.model),
+            "model": revision(teacher.model, self._cache),
             "readout": teacher.readout,
             "prompt": as_tree(teacher.prompt),
             "shots": as_tree(teacher.shots),
@@ -119,7 +120,7 @@ class Lineage:
         settings = dict(as_tree(calibration))
         encoder = settings.pop("encoder")
         if calibration.kind == "stacked":
-            settings["encoder"] = embedded.revision(encoder)
+            settings["encoder"] = revision(encoder, self._cache)
         return self._artifact("labels", "label", settings, self.corpus, self.readouts)
 
     @cached_property
@@ -169,7 +170,7 @@ class Lineage:
         return {
             "selection": as_tree(rule_named(rule, experiment.selection)),
             "student": as_tree(experiment.student),
-            "model": embedded.revision(experiment.student.model),
+            "model": revision(experiment.student.model, self._cache),
             "train": {**train, "deepspeed": _content(experiment.train.deepspeed)},
             "seed": experiment.seed,
         }

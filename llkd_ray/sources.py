@@ -7,7 +7,6 @@ a `CorpusError`. Bytes that are not UTF-8 become lone surrogates, which no valid
 
 import csv
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -23,7 +22,7 @@ import pyarrow.parquet as pq
 
 from llkd_ray import embedded
 from llkd_ray.config import CorpusSection
-from llkd_ray.digests import digests
+from llkd_ray.digests import digests, memory_of
 from llkd_ray.errors import CorpusError
 
 _log = logging.getLogger(__name__)
@@ -94,8 +93,7 @@ def identity(config: CorpusSection, cache: Path, examples_source: str | None = N
     files = _files(config, examples_source)
     if not isinstance(files[0].filesystem, pyarrow.fs.LocalFileSystem):
         return [f"{file.path} {file.size_bytes} {file.mtime_ns}" for file in files]
-    memory = cache / f"digests/{hashlib.sha256(source.encode()).hexdigest()[:16]}.json"
-    hashes = digests([Path(file.path) for file in files], memory)
+    hashes = digests([Path(file.path) for file in files], memory_of(source, cache))
     return [f"{file.name} sha256:{hash_}" for file, hash_ in zip(files, hashes, strict=True)]
 
 

@@ -1,4 +1,5 @@
 import hashlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llkd_ray import embedded
 from llkd_ray.config import load_experiment
+from llkd_ray.digests import revision
 from llkd_ray.errors import LLKDError, TeacherError
 from llkd_ray.teacher.actor import Opening
 from llkd_ray.teacher.embedding import Encoder
@@ -29,6 +31,19 @@ def test_weights_that_can_run_code_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(TeacherError, match=r"no \*\.safetensors"):
         teacher_folder(str(tmp_path), CACHE)
+
+
+def test_weights_that_are_trained_further_are_another_model(tmp_path: Path) -> None:
+    folder, moved = tmp_path / "model", tmp_path / "moved"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "chat_template.jinja"):
+        (folder / name).write_text("first")
+    first = revision(str(folder), tmp_path)
+    shutil.copytree(folder, moved)
+    assert revision(str(moved), tmp_path) == first
+    (moved / "model.safetensors").write_text("other")  # Of the same size.
+    assert revision(str(moved), tmp_path) != first
+    assert revision("people/model@1", tmp_path) == "people/model@1"
 
 
 def test_a_model_without_its_tokenizer_is_told(tmp_path: Path) -> None:

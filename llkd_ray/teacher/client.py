@@ -39,6 +39,8 @@ class Client:
         _check_url(teacher.url)
         self._teacher = teacher
         self._key = _key(teacher.api_key_env)
+        self._answered = False
+        """Whether it has answered any request yet."""
         self._open = asyncio.Semaphore(teacher.max_concurrency)
         # The pace is kept below the client's retries, so that they count as requests, too.
         self._client = openai.AsyncOpenAI(
@@ -59,12 +61,14 @@ class Client:
             body: Of the request, as JSON types.
 
         Raises:
-            TeacherError: The address, the key or the model is wrong.
+            TeacherError: The address, the key or the model is wrong, or there is no more credit,
+                or too often too many requests.
             TextError: This request is not answered.
         """
         try:
             async with self._open:
                 reply = await self._client.post(path, body=body, cast_to=str)
+            self._answered = True
             return Reply.model_validate_json(reply)
         # The causes go unmentioned: they hold the request, whose headers hold the key.
         except openai.APIStatusError as error:
@@ -85,10 +89,19 @@ class Client:
     def _refusal(self, error: openai.APIStatusError) -> Exception:
         teacher, status = self._teacher, error.status_code
         reason = self._line(str(error))
-        if status in {401, 403}:
+        # A single text may be forbidden by a filter; a key that is refused was never taken.
+        if status == 401 or (status == 403 and not self._answered):
             key = f"the key in ${teacher.api_key_env}" if self._key else "a request without a key"
             remedy = "check it" if self._key else "name the key's variable in teacher.api_key_env"
             return TeacherError(f"{teacher.url} refuses {key} ({reason}): {remedy}")
+        if status in {402, 429}:
+            wait = error.response.headers.get("retry-after")
+            when = f"in {wait} s" if wait else "later"
+            return TeacherError(
+                f"{teacher.url} takes no more requests for now ({reason}): what it has answered is "
+                f"kept; run the job again {when}, with a lower teacher.max_concurrency or "
+                "teacher.requests_per_minute if they were too many at once"
+            )
         if status == 404:
             return TeacherError(
                 f"{teacher.url} has no model {teacher.model!r}, or is not the base of an API "

@@ -66,6 +66,8 @@ class Endpoint:
         self._shots = choose_shots(task, teacher.shots, pool)
         self._examples = (*task.examples, *pool)
         self._reading: _Reading | None = None
+        self._one_by_one = False
+        """Whether it samples one answer to a request."""
         self._choosing = asyncio.Lock()
 
     async def read(self, texts: Sequence[str]) -> list[Answer]:
@@ -75,11 +77,7 @@ class Endpoint:
             TeacherError: A wrong address, key or model, or a request that the endpoint never
                 takes.
         """
-        try:
-            reading = await self._choose()
-        except TextError as error:
-            return [Answer(None, 0, 0, 0, str(error))] * len(texts)
-        return await self._each(reading, texts)
+        return await self._each(await self._choose(), texts)
 
     async def write(
         self, prompt: str, *, json_schema: Mapping[str, Any] | None = None, **sampling: Any
@@ -147,7 +145,13 @@ class Endpoint:
         """Choose the reading, once."""
         async with self._choosing:
             if self._reading is None:
-                self._reading = await self._try()
+                try:
+                    self._reading = await self._try()
+                except TextError as error:
+                    raise TeacherError(
+                        f"{self._teacher.url} does not answer now ({error}): run the job again "
+                        "when it does"
+                    ) from None
                 _log.info("%s: %s", self._teacher.url, self._reading.why)
             return self._reading
 
@@ -156,6 +160,7 @@ class Endpoint:
 
         Raises:
             TextError: The endpoint does not answer now.
+            TeacherError: No label can be read from what it answers.
         """
         readout, num_classes = self._teacher.readout, len(self._task.labels)
         words, letters = Wording.in_words(self._task), Wording.in_letters(self._task)
@@ -165,9 +170,15 @@ class Endpoint:
             return _Reading(wording, votes=True, why="votes: teacher.top_logprobs is 0")
         if not lettered and told_apart(words.answers):
             tokens = await self._trial(words)
+            if not tokens and readout == "first_token":
+                raise TeacherError(
+                    f"{self._teacher.url} gives no log-probabilities, which teacher.readout = "
+                    '"first_token" reads: set it to "auto", and answers are counted as votes'
+                )
             if not tokens:
                 return _Reading(words, votes=True, why="votes: it gives no log-probabilities")
             if all(token.is_clear for token in tokens):
+                self._check_answers(tokens)
                 return _Reading(words, votes=False, why="first_token: labels begin differently")
         if readout == "first_token":
             raise TeacherError(
@@ -177,11 +188,24 @@ class Endpoint:
         if num_classes > len(LETTERS):
             why = f"votes: labels begin alike, and {num_classes} are too many for letters"
             return _Reading(words, votes=True, why=why)
-        if not await self._trial(letters):
+        tokens = await self._trial(letters)
+        if not tokens:
             wording = letters if lettered else words
             return _Reading(wording, votes=True, why="votes: it gives no log-probabilities")
+        self._check_answers(tokens)
         why = "teacher.readout" if lettered else "labels begin alike"
         return _Reading(letters, votes=False, why=f"letters: {why}")
+
+    def _check_answers(self, tokens: Sequence[FirstToken]) -> None:
+        """Refuse an endpoint that answers most examples with no label, before all rows are paid."""
+        strange = [token for token in tokens if not token.is_answer]
+        if 2 * len(strange) > len(tokens):
+            raise TeacherError(
+                f"{self._teacher.model} at {self._teacher.url} answers {len(strange)} of "
+                f"{len(tokens)} examples with no label, but with {strange[0].likeliest!r} first: "
+                "have task.instruction ask for a label alone, turn off that it thinks aloud, or "
+                "count its answers as votes with teacher.top_logprobs=0"
+            )
 
     async def _trial(self, wording: Wording) -> list[FirstToken]:
         """Return what comes back about one example of each label, where there are any.
@@ -227,17 +251,30 @@ class Endpoint:
         longest = max(len(answer.encode()) for answer in wording.answers)
         said: list[str] = []
         while len(said) < votes:  # An endpoint may send fewer than it was asked for.
-            reply = await self._ask(
-                wording,
-                text,
-                shots,
-                n=votes - len(said),
-                temperature=self._teacher.vote_temperature,
-                max_tokens=longest // 2 + 4,  # A token is seldom less than two bytes of a word.
-            )
+            at_once = 1 if self._one_by_one else votes - len(said)
+            try:
+                reply = await self._sample(wording, text, shots, at_once, longest)
+            except TextError as error:
+                if not error.refused or at_once == 1:
+                    raise
+                # Some never take n above 1; a text that is refused is so once more.
+                reply = await self._sample(wording, text, shots, 1, longest)
+                self._one_by_one = True
             replies.append(reply)
             said += reply.said
         return count_votes(said[:votes], wording.answers, letters=wording.offered)
+
+    async def _sample(
+        self, wording: Wording, text: str, shots: Sequence[Example], votes: int, longest: int
+    ) -> Reply:
+        return await self._ask(
+            wording,
+            text,
+            shots,
+            n=votes,
+            temperature=self._teacher.vote_temperature,
+            max_tokens=longest // 2 + 4,  # A token is seldom less than two bytes of a word.
+        )
 
     async def _ask(
         self, wording: Wording, text: str, shots: Sequence[Example], **decoding: Any

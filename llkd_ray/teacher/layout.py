@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -16,6 +17,9 @@ from tokenizers import Encoding, Tokenizer
 
 from llkd_ray.errors import TeacherError
 from llkd_ray.teacher.wording import Wording
+
+# The date that every prompt is written on, where a chat template has one.
+_DAY = date(2024, 7, 26)
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,12 @@ def _chat_marks(tokenizer: Any, *, with_system: bool) -> _ChatMarks:
     try:
         # Where a model can think aloud before it answers, it is told to answer at once.
         rendered: str = tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            chat,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+            # Some print today's date: rows asked about tomorrow would be asked in another way.
+            strftime_now=_DAY.strftime,
         )
     except TemplateError as error:
         if with_system:

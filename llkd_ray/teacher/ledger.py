@@ -102,7 +102,7 @@ class Ledger:
         storage.fetch([path])
         return pq.read_table(path, schema=self.columns)
 
-    def find(self, row_ids: pa.Array) -> pa.Table:
+    def find(self, row_ids: pa.Array, *, parts: bool = True) -> pa.Table:
         """Return one entry for each of the rows that has any, in the order of `row_ids`.
 
         An answer comes before a failure, and among failures the last attempt. Memory is bounded by
@@ -110,18 +110,19 @@ class Ledger:
 
         Args:
             row_ids: Sorted, distinct ids [N].
+            parts: Look into parts, too, and not into what is compacted alone.
         """
         if len(row_ids) == 0:
             return self.columns.empty_table()
         first, last = row_ids[0].as_py(), row_ids[-1].as_py()
         while True:
-            paths = self._overlapping(first, last)
+            paths = self._overlapping(first, last, parts=parts)
             try:
                 return self._best(row_ids, paths)
             except FileNotFoundError:
                 # A part may have gone into a compacted file after it was listed, which then is
                 # there now. Where the list is the same, something else is wrong.
-                if self._overlapping(first, last) == paths:
+                if self._overlapping(first, last, parts=parts) == paths:
                     raise
 
     def _best(self, row_ids: pa.Array, paths: list[Path]) -> pa.Table:
@@ -165,19 +166,21 @@ class Ledger:
         os.replace(beside, path)
         storage.put(path)
 
-    def _overlapping(self, first: str, last: str) -> list[Path]:
+    def _overlapping(self, first: str, last: str, *, parts: bool) -> list[Path]:
         """List the files with ids between two ids.
 
         Parts come before whole files: what is compacted in between is then seen twice, not never.
         """
-        parts = [
+        of_folders = [
             part
-            for path in _folders(self.folder)
+            for path in (_folders(self.folder) if parts else ())
             if _overlaps(path.name, first, last)
             for part in _files(path)
         ]
         return [
-            path for path in (*parts, *_files(self.folder)) if _overlaps(path.name, first, last)
+            path
+            for path in (*of_folders, *_files(self.folder))
+            if _overlaps(path.name, first, last)
         ]
 
 

@@ -127,6 +127,7 @@ def read_out(corpus: Path, folder: Path, opening: Opening, ledger: Ledger) -> An
     taken = sum(shard.take for shard in shards)
     tally = Tally(opening, taken)
     with ledger.only_writer():
+        _compact(ledger)
         for _ in range(teacher.attempts):
             todo = list(_unanswered([free, *shards], ledger, teacher.attempts))
             if not todo:
@@ -269,12 +270,17 @@ def _settled(entries: pa.Table, attempts: int) -> pa.Table:
 def _read_unanswered(
     batch: dict[str, Any], *, ledger: Ledger, attempts: int, batch_size: int
 ) -> Iterator[pa.Table]:
-    """Yield the unanswered rows of shards; memory is bounded by a few batches and a shard's ids."""
+    """Yield the unanswered rows of shards; memory is bounded by a few batches and a shard's ids.
+
+    What is written meanwhile is not looked at: Ray runs a reader again whose node is lost, takes
+    up its blocks by number where the first one stopped, and so they have to be the same ones. The
+    actor passes over the batches that are written.
+    """
     for values in zip(batch["texts"], batch["sealed"], batch["take"], strict=True):
         shard = Shard(str(values[0]), str(values[1]), int(values[2]))
         ids = shard.row_ids()
         parts = range_name(ids[0].as_py(), ids[-1].as_py())
-        entries = ledger.find(ids)
+        entries = ledger.find(ids, parts=False)
         settled = _settled(entries, attempts).column("row_id").combine_chunks()
         failed = entries.column("row_id").combine_chunks()
         left = shard.take

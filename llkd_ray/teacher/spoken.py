@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 # What a label is given at least, so that no label is ruled out by the end of a list.
 _LEAST = 1e-12
+# The least probability of all labels together that speaks for an answer.
+_ANSWER = 0.01
 
 
 def told_apart(answers: Sequence[str]) -> bool:
@@ -41,6 +43,8 @@ class FirstToken:
     """The likeliest of these; empty if there is none."""
     floor: float
     """Given to a label that no token of the list begins."""
+    likeliest: str
+    """The likeliest token, whatever it begins."""
 
     @classmethod
     def of(
@@ -80,7 +84,13 @@ class FirstToken:
             unclear=sum(probability for probability, _ in unclear),
             unclear_token=max(unclear)[1] if unclear else "",
             floor=max(_LEAST, min(last, rest / max(1, mass.count(0.0)))),
+            likeliest=max(top, key=lambda token: token[1])[0],
         )
+
+    @property
+    def is_answer(self) -> bool:
+        """Whether a label can be read from it that is more than the tail of another answer."""
+        return self.error is None and sum(self.mass) >= _ANSWER
 
     @property
     def is_clear(self) -> bool:
