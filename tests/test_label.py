@@ -173,6 +173,10 @@ def test_labelling_without_a_corpus_names_the_job_to_run(run: Run) -> None:
     assert "run python jobs/prepare.py" in done.stderr
 
 
+def rows_of_ledger(run: Run) -> set[str]:
+    return set(ledger_of(run).column("row_id").to_pylist())
+
+
 @pytest.mark.usefixtures("ray_local")
 def test_a_killed_run_goes_on_over_a_grown_corpus_and_asks_nothing_twice(
     run: Run, texts: list[str], capsys: pytest.CaptureFixture[str]
@@ -199,8 +203,11 @@ def test_a_killed_run_goes_on_over_a_grown_corpus_and_asks_nothing_twice(
             time.sleep(0.1)
         os.kill(killed.pid, signal.SIGKILL)
     assert not before.lineage.readouts.made
-    time.sleep(5)  # What Ray had under way may still land; from here on it must not.
-    kept = set(ledger_of(before).column("row_id").to_pylist())
+    # What Ray had under way may still land; from here on it must not.
+    there, kept = None, rows_of_ledger(before)
+    while kept != there:
+        time.sleep(5)
+        there, kept = kept, rows_of_ledger(before)
     assert 12 <= len(kept) < 90
 
     grown = on_questions(run, [*texts, *TOO_LONG], *settings)

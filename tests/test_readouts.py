@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +17,7 @@ from llkd_ray.errors import TeacherError
 from llkd_ray.guided.write import Round, write
 from llkd_ray.teacher import readouts
 from llkd_ray.teacher.actor import Opening, TeacherActor
+from llkd_ray.teacher.answers import Answer, TeacherDiedError
 from llkd_ray.teacher.ledger import Ledger, range_name
 
 
@@ -93,6 +94,60 @@ def test_an_actor_does_not_ask_about_a_batch_that_a_dead_one_has_written(tmp_pat
     assert answer(0.001, batch) == first
     with pytest.raises(TimeoutError):
         answer(0.001, batch.slice(1))
+
+
+class Mortal:
+    """A teacher that may die of the first texts it reads."""
+
+    def __init__(self, *, dies: bool) -> None:
+        self.dies, self.closed = dies, False
+
+    async def read(self, texts: list[str]) -> list[Answer]:
+        await asyncio.sleep(0.01)
+        if self.dies:
+            raise TeacherDiedError("dead")
+        return [Answer([-0.1, -2.4], 1, 0, 0) for _ in texts]
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class Mortals:
+    """An opening for teachers of which the first die."""
+
+    def __init__(self, deaths: int) -> None:
+        self.deaths, self.started = deaths, list[Mortal]()
+
+    def start(self) -> Mortal:
+        self.started.append(Mortal(dies=len(self.started) < self.deaths))
+        return self.started[-1]
+
+
+@pytest.mark.parametrize("deaths", [1, 2, 3])
+def test_a_teacher_that_dies_is_replaced_twice_and_once_for_all_batches(
+    tmp_path: Path, deaths: int
+) -> None:
+    opening = Mortals(deaths)
+    actor = TeacherActor(cast("Opening", opening), Ledger(tmp_path, 2))
+
+    def batch(number: int) -> pa.Table:
+        ids = [f"{number * 10 + row:064x}" for row in range(4)]
+        attempts = pa.array([1] * 4, pa.int32())
+        parts = [range_name(ids[0], ids[-1])] * 4
+        return pa.table({"row_id": ids, "text": ["a"] * 4, "attempt": attempts, "parts": parts})
+
+    async def ask() -> list[pa.Table | BaseException]:
+        return await asyncio.gather(*(actor(batch(n)) for n in range(3)), return_exceptions=True)
+
+    for answered in asyncio.run(ask()):
+        if deaths < 3:
+            assert isinstance(answered, pa.Table)
+            assert answered["rows"].to_pylist() == [4]
+        else:
+            assert isinstance(answered, TeacherError)
+            assert "died 3 times over the same 4 rows" in str(answered)
+    assert len(opening.started) == min(deaths + 1, 3)
+    assert [teacher.closed for teacher in opening.started[:2]] == [True, deaths > 1]
 
 
 @pytest.mark.slow

@@ -490,6 +490,7 @@ def test_hostile_text_and_labels_stay_text(reported):
     assert "cat & co" in page.text
     assert [attributes for tag, attributes in page.tags if tag == "b" and attributes] == []
     assert page.text.count("<b>fish</b>") > 3  # In the tables and in the plots.
+    assert "<b>fish</b>" not in (reported.run / "report.html").read_text(encoding="utf-8")
 
 
 def test_identifiers_inside_the_plots_name_one_thing_each(reported):

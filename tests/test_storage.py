@@ -395,7 +395,7 @@ def test_labelling_that_is_killed_goes_on_from_another_node(
         wait_for(lambda: len(answered(third)) >= 100)
         os.killpg(process.pid, 9)
     # Its Ray notices, and ends too.
-    wait_for(lambda: answered(third, after_s=3) == answered(third))
+    wait_for(lambda: answered(third) == answered(third, after_s=3))
     before = len(answered(third))
     assert 100 <= before < 400
     assert not third.lineage.readouts.made

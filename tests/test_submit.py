@@ -40,7 +40,7 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         ) as cluster,
     ):
         url = f"http://127.0.0.1:{http}"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not (
             answers(f"{url}/api/version") and answers(f"http://127.0.0.1:{agent}/api/healthz")
         ):

@@ -25,6 +25,7 @@ from llkd_ray.student.checkpoint import STUDENT
 from llkd_ray.student.model import load_student
 from llkd_ray.student.step import learning_rate
 from llkd_ray.student.stopping import should_stop
+from llkd_ray.student.train import drop_broken_run
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():
@@ -194,6 +195,7 @@ def test_a_rule_that_keeps_nothing_for_ever_is_told(tmp_path, work):
     nothing = FixedRule(teacher_threshold=1.0, student_threshold=1.0)
     with pytest.raises(AssertionError):
         run_workers(tmp_path, changed(work, rule=nothing, steps=5), 1)
+    assert "kept no row in 20 epochs" in (tmp_path / "error-0").read_text()
     assert len(list(tmp_path.glob("epoch-*"))) == 20
 
 
@@ -223,6 +225,14 @@ def test_without_gold_the_teachers_surest_held_out_labels_choose_the_epoch(tmp_p
 
 
 @pytest.mark.slow
+def test_training_stops_when_its_score_has_not_risen_for_the_patience(tmp_path, work):
+    still = changed(work, epochs=8, learning_rate=1e-12, stopping={"patience": 2})
+    progress = run_workers(tmp_path, still, 1)
+    assert len({row["score"] for row in progress.epochs}) == 1
+    assert progress.epoch == 3
+
+
+@pytest.mark.slow
 def test_soft_targets_change_the_loss_and_train(tmp_path, work):
     work = changed(work, rule=AllRule(), learning_rate=1e-3)
     hard = run_workers(tmp_path / "hard", work, 1)
@@ -242,7 +252,16 @@ def test_a_share_held_out_of_so_few_rows_that_it_holds_none_ends_at_once(tmp_pat
     stopping = {"held_out_fraction": 1e-6, "choose_by": "teacher"}
     with pytest.raises(AssertionError):
         run_workers(tmp_path, changed(work, stopping=stopping), 1)
+    assert "holds none of so few rows" in (tmp_path / "error-0").read_text()
     assert not list(tmp_path.glob("epoch-*"))
+
+
+def test_a_run_whose_list_of_checkpoints_is_half_written_starts_over_and_another_stays(tmp_path):
+    for name, content in (("whole", "{}"), ("half", '{"checkpoints": [')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "experiment_state_snapshot.json").write_text(content)
+        drop_broken_run(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
 def test_settings_that_do_not_fit_together_are_refused():

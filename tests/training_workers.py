@@ -16,6 +16,7 @@ import torch
 from training_data import NAMES
 
 from llkd_ray.config import EncoderStudent, LLKDRule, TrainSection
+from llkd_ray.errors import LLKDError
 from llkd_ray.student.checkpoint import read_progress
 from llkd_ray.student.loop import train_worker
 from llkd_ray.student.model import load_tokenizer, locate
@@ -113,9 +114,12 @@ def _main(place, meeting, work, out, fate):
         if name == killed_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train_worker(
-        Context(rank, world_size, torch.device("cpu"), report, restored, out / "signals"), work
-    )
+    context = Context(rank, world_size, torch.device("cpu"), report, restored, out / "signals")
+    try:
+        train_worker(context, work)
+    except LLKDError as error:
+        (out / f"error-{rank}").write_text(str(error))
+        raise
 
 
 def signals_of(out, epoch):

@@ -122,7 +122,7 @@ def train(
         seed=seed,
         start=start.resolve() if start else None,
     )
-    _drop_broken_run(out / RUN)
+    drop_broken_run(out / RUN)
     last, best = fit(work, out)
     progress, best_epoch = read_progress(last), read_progress(best).epoch
     temperature = find_temperature(
@@ -196,7 +196,7 @@ def _forget(run: Path) -> None:
     storage.remove(run)
 
 
-def _drop_broken_run(run: Path) -> None:
+def drop_broken_run(run: Path) -> None:
     """Remove a run whose list of checkpoints a kill left half-written: Ray Train refuses it."""
     for snapshot in run.glob(_SNAPSHOT):
         try:

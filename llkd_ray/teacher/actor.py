@@ -153,13 +153,15 @@ class TeacherActor:
 
     async def _read(self, texts: list[str]) -> list[Answer]:
         """Ask the teacher, and when it dies of something, a new one."""
-        for _ in range(_MAX_TEACHERS):
-            teacher = self._teacher
+        teacher = self._teacher
+        for deaths in range(_MAX_TEACHERS):
+            if deaths:
+                await self._replace(teacher)
+                teacher = self._teacher
             try:
                 return await teacher.read(texts)
             except TeacherDiedError as error:
-                _log.warning("%s; starting another", error)
-                await self._replace(teacher)
+                _log.warning("%s", error)
         raise TeacherError(
             f"the teacher died {_MAX_TEACHERS} times over the same {len(texts)} rows, its last "
             "words are in Ray's logs. What is answered is kept: run the same command again to go on"
