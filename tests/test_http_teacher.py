@@ -41,9 +41,10 @@ from llkd_ray.config import (
 from llkd_ray.corpus import read_shards
 from llkd_ray.errors import TeacherError, TooManyRejectedError
 from llkd_ray.guided.write import Round, Writer
-from llkd_ray.teacher.actor import Opening
+from llkd_ray.teacher.actor import Opening, TeacherActor
 from llkd_ray.teacher.engine import engine_environment
 from llkd_ray.teacher.http import Endpoint, fit
+from llkd_ray.teacher.ledger import Ledger, range_name
 from llkd_ray.teacher.pretrained import teacher_folder
 from llkd_ray.teacher.reply import Reply
 from llkd_ray.teacher.spoken import FirstToken, count_votes, named, told_apart
@@ -447,6 +448,36 @@ def test_an_endpoint_that_thinks_aloud_is_told_before_any_row_is_asked(
     with pytest.raises(TeacherError, match=r"2 of 2 examples with no label, but with '<think>'"):
         read(TASK, ["rain"], url=server.url, readout=readout)
     assert not server.asked("rain")
+
+
+def test_an_endpoint_that_comes_back_without_log_probabilities_does_not_mix_the_two(
+    server: Misbehaving, tmp_path: Path
+) -> None:
+    experiment = load_experiment(
+        QUICKSTART, ["teacher.kind=http", f"teacher.url={server.url}", "teacher.model=m"]
+    )
+    server.top = [{"token": "person", "logprob": -0.2}]
+    server.said = ["person"]
+    ids = ["0" * 64]
+    rows = {"row_id": ids, "text": ["Who ?"], "parts": [range_name(ids[0], ids[0])]}
+    ledger = Ledger(tmp_path, len(experiment.task.labels))
+
+    def answer(attempt: int) -> pa.Table:
+        batch = pa.table({**rows, "attempt": pa.array([attempt], pa.int32())})
+
+        async def ask() -> pa.Table:
+            actor = TeacherActor(Opening.of(experiment), ledger)
+            try:
+                return await actor(batch)
+            finally:
+                await actor._teacher.close()
+
+        return asyncio.run(ask())
+
+    assert answer(1)["rejected"].to_pylist() == [0]
+    server.top = []
+    with pytest.raises(TeacherError, match="gives votes of words now"):
+        answer(2)
 
 
 def test_a_first_token_that_is_asked_for_is_not_voted_on(server: Misbehaving) -> None:

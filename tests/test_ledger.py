@@ -4,7 +4,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from llkd_ray.errors import ArtifactError
+from llkd_ray.errors import ArtifactError, TeacherError
 from llkd_ray.teacher.ledger import Ledger, range_name
 
 IDS = [f"{number:032x}" for number in range(0, 1 << 124, 1 << 117)]
@@ -143,6 +143,17 @@ def test_a_file_that_is_listed_and_cannot_be_read_is_told_not_waited_for(ledger:
 def test_an_empty_ledger_knows_nothing(ledger: Ledger, tmp_path: Path) -> None:
     assert found(ledger, IDS) == []
     assert found(Ledger(tmp_path / "none", 2), IDS) == []
+
+
+def test_all_answers_are_read_in_the_way_of_the_first(ledger: Ledger) -> None:
+    for _ in range(2):
+        ledger.agree("log-probabilities of words")
+    with pytest.raises(
+        TeacherError, match=r"gives votes of words now, .* log-probabilities of wor"
+    ):
+        ledger.agree("votes of words")
+    ledger.write("0-f", entries(ledger, IDS[:1]))
+    assert ledger.open_folders() == ["0-f"]
 
 
 def test_a_second_writer_is_told_to_wait(ledger: Ledger) -> None:

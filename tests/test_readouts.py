@@ -99,6 +99,8 @@ def test_an_actor_does_not_ask_about_a_batch_that_a_dead_one_has_written(tmp_pat
 class Mortal:
     """A teacher that may die of the first texts it reads."""
 
+    way = None
+
     def __init__(self, *, dies: bool) -> None:
         self.dies, self.closed = dies, False
 

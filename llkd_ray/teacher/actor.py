@@ -140,6 +140,8 @@ class TeacherActor:
     async def _ask(self, batch: pa.Table) -> pa.Table:
         """Ask about a batch, write the answers down, tell Prometheus; return their counts."""
         answers = await self._read(batch.column("text").to_pylist())
+        if self._teacher.way is not None:
+            await asyncio.to_thread(self._ledger.agree, self._teacher.way)
         entries = self._entries(batch, answers)
         await asyncio.to_thread(self._write, entries, batch.column("parts"))
         counts = self._count(entries)

@@ -49,6 +49,10 @@ class TeacherDiedError(TeacherError):
 class Teacher(Protocol):
     """Answers about texts. Whoever holds it keeps several calls open at once."""
 
+    @property
+    def way(self) -> str | None:
+        """How labels are read, where only its answers say so; None where the settings do."""
+
     async def read(self, texts: Sequence[str]) -> list[Answer]:
         """Return an answer for each of N texts, in their order.
 

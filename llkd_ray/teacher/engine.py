@@ -21,6 +21,9 @@ class Engine:
     vLLM itself batches what is asked at the same time, so callers keep several calls open.
     """
 
+    way: str | None = None
+    """The settings say how labels are read."""
+
     def __init__(
         self,
         task: TaskSection,

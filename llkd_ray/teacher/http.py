@@ -107,6 +107,14 @@ class Endpoint:
         """Close the connections."""
         await self._client.close()
 
+    @property
+    def way(self) -> str | None:
+        """What is read, of which wording; None before the first text."""
+        if self._reading is None:
+            return None
+        of = "letters" if self._reading.wording.offered else "words"
+        return f"{'votes' if self._reading.votes else 'log-probabilities'} of {of}"
+
     async def _each(self, reading: _Reading, texts: Sequence[str]) -> list[Answer]:
         own = await asyncio.to_thread(self._shots.own, texts)
         asked = [

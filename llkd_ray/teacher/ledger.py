@@ -27,11 +27,12 @@ import pyarrow.parquet as pq
 
 from llkd_ray import schema, storage
 from llkd_ray.artifacts import write_text
-from llkd_ray.errors import ArtifactError
+from llkd_ray.errors import ArtifactError, TeacherError
 
 # Leading digits of a row_id in a file name: enough to tell ranges apart.
 _DIGITS = 16
 _IDENTITY = "identity.json"
+_WAY = "way.txt"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,24 @@ class Ledger:
         if not storage.exists(self.folder / _IDENTITY):
             write_text(self.folder / _IDENTITY, json.dumps(identity, indent=2) + "\n")
             storage.put(self.folder / _IDENTITY)
+
+    def agree(self, way: str) -> None:
+        """Hold all answers to one way of reading labels, that of the first.
+
+        Raises:
+            TeacherError: The answers so far are read in another way.
+        """
+        path = self.folder / _WAY
+        if not storage.exists(path):
+            write_text(path, way)
+            storage.put(path)
+        first = storage.read(path).decode()
+        if first != way:
+            raise TeacherError(
+                f"the endpoint gives {way} now, and its answers so far are {first}, which cannot "
+                "stand side by side: have it answer as before, or set teacher.readout or "
+                "teacher.top_logprobs, with which all rows are asked about anew"
+            )
 
     @contextlib.contextmanager
     def only_writer(self) -> Iterator[None]:

@@ -12,6 +12,9 @@ from llkd_ray.teacher.answers import Answer
 class Script:
     """Answers that look like a teacher's and follow from nothing but the text's bytes."""
 
+    way: str | None = None
+    """Nothing is read."""
+
     def __init__(self, task: TaskSection, teacher: ScriptedTeacher) -> None:
         self._num_classes = len(task.labels)
         self._rows_per_s = teacher.rows_per_s
