@@ -8,8 +8,8 @@ rows. Labels are calibrated by `batch`, but for the lines named stacked: those h
 about 180 gold validation rows are for. `all-8-epochs` takes all of these steps, and `slice` is
 trained on the human's labels of as many rows as are validation, and on nothing else.
 
-Trials compute in bfloat16. The seconds of one are those on one core while the others train on the
-other cores.
+Trials compute in bfloat16, or with --float32 as processors without it do faster. The seconds of one
+are those on one core while the others train on the other cores.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,6 @@ LABELLED_ROWS, SLICE_ROWS = 2000, 180
 STEPS, ALL_STEPS = 113, 500
 TRAINING = (
     "train.learning_rate=2e-4",
-    "train.bf16=true",
     "train.average_decay=0.95",
     "train.keep_signals=false",
     "student.head=mean",
@@ -56,7 +56,14 @@ VARIANTS = {
 
 
 def measure(
-    folders: list[Path], runs: Path, variants: list[str], seeds: int, *, steps: int, rows: int
+    folders: list[Path],
+    runs: Path,
+    variants: list[str],
+    seeds: int,
+    *,
+    steps: int,
+    rows: int,
+    training: Sequence[str],
 ) -> dict[str, Any]:
     """Compare the variants on every data set.
 
@@ -67,13 +74,16 @@ def measure(
         seeds: How many.
         steps: Of a trial.
         rows: To label.
+        training: Overrides that all trials share.
 
     Raises:
         LLKDError: A data set has no experiment or no file, or a job has failed.
     """
     started = time.perf_counter()
     quality = {
-        folder.name: compared(folder, runs, variants, seeds, steps=steps, rows=rows)
+        folder.name: compared(
+            folder, runs, variants, seeds, steps=steps, rows=rows, training=training
+        )
         for folder in folders
     }
     for data, of_data in quality.items():
@@ -91,7 +101,14 @@ def measure(
 
 
 def compared(
-    folder: Path, runs: Path, variants: list[str], seeds: int, *, steps: int, rows: int
+    folder: Path,
+    runs: Path,
+    variants: list[str],
+    seeds: int,
+    *,
+    steps: int,
+    rows: int,
+    training: Sequence[str],
 ) -> dict[str, dict[str, float]]:
     """Label one data set and compare the variants on it, by name."""
     experiment = JOBS / f"configs/{folder.name}.toml"
@@ -119,7 +136,7 @@ def compared(
         if not of_labels.startswith("train."):
             figures.job("label", experiment, [*overrides, of_labels])
     overrides += [
-        *TRAINING,
+        *training,
         f"train.steps={steps}",
         f"compare.seeds={json.dumps(list(range(seeds)))}",
         f"compare.rules={json.dumps(own)}",
@@ -159,15 +176,21 @@ def main() -> int:
     parser.add_argument("data", nargs="+", type=Path, metavar="DATA", help="folder of a data set")
     parser.add_argument("--variants", nargs="+", choices=every, default=every)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--float32", action="store_true", help="let trials compute in float32")
     parser.add_argument("--runs", type=Path, help="keep the runs here, and go on with those there")
     arguments = parser.parse_args()
     folders = [folder.resolve() for folder in arguments.data]
     variants, seeds, steps, rows = arguments.variants, arguments.seeds, STEPS, LABELLED_ROWS
+    training = (*TRAINING, f"train.bf16={'false' if arguments.float32 else 'true'}")
     if arguments.quick:
         folders, variants, seeds, steps, rows = folders[:1], ["all", "llkd-stacked"], 1, 10, 200
     with tempfile.TemporaryDirectory() as temporary:
         runs = (arguments.runs or Path(temporary)).resolve()
-        return figures.run(lambda: measure(folders, runs, variants, seeds, steps=steps, rows=rows))
+        return figures.run(
+            lambda: measure(
+                folders, runs, variants, seeds, steps=steps, rows=rows, training=training
+            )
+        )
 
 
 if __name__ == "__main__":
