@@ -486,9 +486,3 @@ def test_dashboard_shows_metrics_that_exist():
     assert all(query.count("(") == query.count(")") for query in queries)
     cells = [tuple(panel["gridPos"][side] for side in "xy") for panel in dashboard["panels"]]
     assert len(set(cells)) == len(cells)
-
-
-def test_readme_names_files_of_the_cluster_that_exist():
-    text = (ROOT / "README.md").read_text()
-    for name in re.findall(r"\bcluster/[\w./-]*\w", text):
-        assert (ROOT / name).exists(), name
