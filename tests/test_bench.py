@@ -240,6 +240,15 @@ def test_a_refused_request_is_a_late_one():
     assert not open_loop.is_met([*fast, late, refused, refused], bench)
 
 
+@pytest.mark.parametrize(("percentile", "requests", "late"), [(99.9, 1000, 1), (99.7, 1000, 3)])
+def test_a_whole_number_of_late_requests_is_allowed_whole(percentile, requests, late):
+    bench = BenchSection(latency_target_ms=100.0, latency_percentile=percentile)
+    fast = [sample("open", row, 50.0) for row in range(requests - late)]
+    slow = [sample("open", row, 101.0) for row in range(requests - late, requests)]
+    assert open_loop.is_met([*fast, *slow], bench)
+    assert not open_loop.is_met([*fast[1:], *slow, slow[0]], bench)
+
+
 def test_each_text_is_sent_once_while_there_are_enough():
     measures = closed_loop.plan(questions(400), BENCH)
     sent = Counter(text for item in measures for request in item.requests for text in request)

@@ -46,12 +46,15 @@ def test_the_curve_is_what_counting_row_by_row_gives(abstain_below):
     for at, threshold in enumerate(curve.threshold):
         asked = answered = right = mended = spoilt = 0
         for row in range(300):
-            by = teacher if student.confidence[row] < threshold else student
-            asked += by is teacher
-            answered += by.confidence[row] >= abstain_below
-            right += by.confidence[row] >= abstain_below and by.right[row]
+            asks = student.confidence[row] < threshold
+            by = teacher if asks else student
+            asked += asks
             mended += by.right[row] and not student.right[row]
             spoilt += student.right[row] and not by.right[row]
+            if by.confidence[row] < abstain_below:
+                by = student
+            answered += by.confidence[row] >= abstain_below
+            right += by.confidence[row] >= abstain_below and by.right[row]
         assert curve.teacher_fraction[at] == pytest.approx(asked / 300)
         assert curve.answered_fraction[at] == pytest.approx(answered / 300)
         assert curve.accuracy[at] == pytest.approx(right / answered)
@@ -137,6 +140,27 @@ def test_withheld_answers_do_not_count_as_wrong():
     np.testing.assert_array_equal(withheld.helps, every.helps)
 
 
+def test_a_teacher_that_is_hardly_ever_sure_does_not_win_by_withholding_answers():
+    rng = np.random.default_rng(0)
+    student = Answers(rng.random(2000) < 0.85, rng.uniform(0.75, 1.0, 2000))
+    flat = np.where(rng.random(2000) < 0.05, 0.9, 0.5)
+    teacher = Answers(student.right | (rng.random(2000) < 0.4), flat)
+    curve = trace(student, teacher, 0.75)
+    assert (curve.answered_fraction == 1).all()
+    position = choose(curve, CascadeSection(abstain_below=0.75)).position
+    assert curve.accuracy[position] >= curve.accuracy[0]
+
+
+def test_without_a_target_the_most_right_answers_count():
+    # Both withhold on the rows where neither is sure; the teacher is right more often.
+    student, teacher = models(2000, teacher_right=0.9)
+    curve = trace(student, teacher, 0.6)
+    position = choose(curve, CascadeSection(abstain_below=0.6)).position
+    rightly = curve.accuracy * curve.answered_fraction
+    able = curve.helps | (curve.teacher_fraction == 0)
+    assert rightly[position] == rightly[able].max()
+
+
 def test_one_row_and_equal_rows_have_a_curve():
     one = Answers(np.array([True]), np.array([1.0]))
     assert trace(one, one, 0.0).threshold.tolist() == [0, EVERYTHING]
@@ -153,7 +177,7 @@ class Student:
         self.closed = False
 
     async def classify(self, texts):
-        return Classification(STUDENT[: len(texts)], tokens=7)
+        return Classification(STUDENT[: len(texts)])
 
     def check_health(self):
         pass
@@ -174,7 +198,6 @@ def test_the_unsure_texts_go_to_the_teacher_in_one_call_and_the_answer_says_who_
     assert calls == [["b", "c"]]
     assert found.by == ["student", "teacher", "student", "student"]
     assert found.probabilities.tolist() == [[0.9, 0.1], [0.2, 0.8], [0.55, 0.45], [0.3, 0.7]]
-    assert found.tokens == 7
 
 
 def test_nobody_answers_where_nobody_is_sure():
@@ -184,6 +207,16 @@ def test_nobody_answers_where_nobody_is_sure():
     cascade = CascadeClassifier(Student(), ask, Handover(threshold=0.65, abstain_below=0.8))
     found = asyncio.run(cascade.classify(["a", "b", "c", "d"]))
     assert found.by == ["student", None, "teacher", None]
+
+
+def test_the_students_answer_stands_where_the_teachers_would_be_withheld():
+    async def ask(_texts):
+        return np.array([[0.45, 0.55], [np.nan, np.nan]])
+
+    cascade = CascadeClassifier(Student(), ask, Handover(threshold=0.65, abstain_below=0.58))
+    found = asyncio.run(cascade.classify(["a", "b", "c", "d"]))
+    assert found.by == ["student", "student", None, "student"]
+    assert found.probabilities.tolist() == STUDENT.tolist()
 
 
 def test_a_teacher_that_need_not_be_asked_is_not_asked_and_one_that_cannot_be_is_a_refusal():

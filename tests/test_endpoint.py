@@ -132,6 +132,10 @@ def test_a_probability_of_zero_has_a_logit_that_json_can_write():
     [
         (read_vllm, {"input": "a", "model": "gpt-4"}, 404, f"'{NAME}' answers here"),
         (read_vllm, {"input": [1, 2]}, 422, "input[0]"),
+        (read_vllm, {"input": "a", "truncate_prompt_tokens": 3}, 422, "truncate_prompt_tokens"),
+        (read_vllm, {"input": "a", "truncation_side": "left"}, 422, "truncation_side"),
+        (read_vllm, {"input": "a", "add_special_tokens": False}, 422, "add_special_tokens"),
+        (read_tei, {"inputs": "a", "truncation_direction": "Left"}, 422, "truncation_direction"),
         (read_vllm, {"input": 1}, 422, "a text or a list of texts"),
         (read_vllm, {"input": []}, 422, "empty"),
         (read_vllm, {"messages": [{"role": "user", "content": "a"}]}, 422, "input: field required"),

@@ -107,28 +107,39 @@ def test_what_the_proxy_could_not_decode_does_not_reach_it():
     async def ask():
         transport = httpx.ASGITransport(Ingress(app))
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-            headers = {b"x-request-timeout-seconds": b"\xff"}
+            headers = {b"x-request-priority": b"\xff"}
             return await client.post("/v1/classify", json={"texts": ["a"]}, headers=headers)
 
     assert asyncio.run(ask()).status_code == 200
 
 
 @pytest.mark.parametrize(
-    ("given", "passed"),
-    [(b"a-1/b", [b"a-1/b"]), (b"\xff\xfe", []), (b'{"forged": 1}', []), (b"x" * 200, [])],
+    ("name", "given", "passed"),
+    [
+        (b"x-request-id", b"a-1/b", True),
+        *((b"x-request-id", bad, False) for bad in (b"\xff\xfe", b'{"forged": 1}', b"x" * 200)),
+        *((b"x-request-timeout-seconds", good, True) for good in (b"5", b"0.25", b"600")),
+        *(
+            (b"x-request-timeout-seconds", bad, False)
+            for bad in (b"0", b"0.0", b"-1", b"nan", b"inf", b"1e9", b"3600", b"soon", b"")
+        ),
+        (b"x-request-disconnect-disabled", b"?1", False),
+    ],
 )
-def test_an_id_that_is_not_sane_does_not_reach_the_proxy(given, passed):
+def test_headers_that_would_talk_serve_out_of_its_limits_do_not_reach_the_proxy(
+    name, given, passed
+):
     seen = []
 
     async def app(scope, receive, send):
-        seen.extend(value for name, value in scope["headers"] if name == b"x-request-id")
+        seen.extend(value for header, value in scope["headers"] if header == name)
         assert (b"accept", b"*/*") in scope["headers"]
         await JSONResponse({})(scope, receive, send)
 
     async def ask():
         transport = httpx.ASGITransport(Ingress(app))
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-            return await client.get("/v1/model", headers={"X-Request-Id": given})
+            return await client.get("/v1/model", headers={name: given})
 
     assert asyncio.run(ask()).status_code == 200
-    assert seen == passed
+    assert seen == ([given] if passed else [])

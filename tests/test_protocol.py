@@ -22,7 +22,7 @@ from untrained import LABELS, untrained_student
 from llkd_ray.config import ServeSection
 from llkd_ray.errors import ConfigError
 from llkd_ray.serving.access import bears, token_digest
-from llkd_ray.serving.deploy import APP, running, student_app
+from llkd_ray.serving.deploy import APP, HTTP, running, student_app
 from llkd_ray.serving.dialects import VLLMRequest
 from llkd_ray.serving.protocol import ClassifyRequest
 
@@ -227,7 +227,7 @@ def test_a_thousand_malformed_requests_are_refused_and_a_good_one_is_answered_af
     assert {status // 100 for _, status, _ in answers} == {4}, answers
     assert client.post("/v1/classify", json={"texts": ["Who?"]}).status_code == 200
     # Nothing was replaced meanwhile either: the same replica has answered all of them.
-    replicas = serve.status().applications[APP].deployments["student"].replica_states
+    replicas = serve.status().applications[APP].deployments[HTTP].replica_states
     assert replicas == {"RUNNING": 1}
 
 

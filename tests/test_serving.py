@@ -215,6 +215,21 @@ def test_a_client_that_leaves_does_not_disturb_those_who_stay():
     asyncio.run(_with_batcher(slow, work))
 
 
+def test_what_is_not_answered_when_the_batcher_is_closed_is_cancelled():
+    def slow(texts):
+        time.sleep(0.3)
+        return np.zeros((len(texts), 1))
+
+    async def work(batcher):
+        tasks = [asyncio.create_task(batcher.submit(["text"] * 8)) for _ in range(3)]
+        await asyncio.sleep(0.1)  # The first is computed, the others wait.
+        await batcher.close()
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+
+    found = asyncio.run(_with_batcher(slow, work))
+    assert [type(error) for error in found] == [asyncio.CancelledError] * 3
+
+
 def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_come_back():
     computed = []
 

@@ -5,6 +5,7 @@ import contextlib
 import sys
 import threading
 import time
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -14,7 +15,7 @@ from untrained import questions, untrained_student
 
 from llkd_ray.config import ServeSection, load_experiment
 from llkd_ray.errors import ClusterError, ConfigError
-from llkd_ray.serving.deploy import running, student_app
+from llkd_ray.serving.deploy import _shut_serve_down, running, student_app
 from llkd_ray.serving.ingress import environment_of, require_haproxy
 
 sys.path.insert(0, str(ROOT / "jobs/benchmarks"))
@@ -97,6 +98,26 @@ def test_an_update_and_a_killed_replica_fail_no_request(ray_local, folder):  # n
         seen = asyncio.run(serving_faults.measure(url, folder, config, quick=True))
     assert seen["failed_requests_update"] == seen["failed_requests_kill"] == 0, seen
     assert seen["requests"] > 10
+
+
+@pytest.mark.slow
+def test_the_end_of_the_first_job_leaves_what_another_has_put_in_its_place(ray_local, folder):  # noqa: ARG001
+    def answers(url):
+        return httpx.get(f"{url}/v1/model", timeout=30).json()["name"]
+
+    with contextlib.ExitStack() as second:
+        second.callback(_shut_serve_down)  # The first had started it, and leaves it to the second.
+        with serve(folder) as url:
+            assert answers(url) == "student-1"
+            port = urlsplit(url).port
+            with pytest.raises(ClusterError, match=f"set serve.port={port}"), serve(folder):
+                pass
+            there = ServeSection(**{**SMALL, "port": port})
+            second.enter_context(running(student_app(folder, "student-2", 128, there), there))
+            assert answers(url) == "student-2"
+        assert answers(url) == "student-2"
+    with pytest.raises(httpx.ConnectError):
+        answers(url)
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ class Batcher:
             raise RuntimeError("the batcher has stopped")
 
     async def close(self) -> None:
-        """Stop; requests that still wait are cancelled."""
+        """Stop; requests that are not answered are cancelled."""
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.wait([self._worker])
@@ -162,7 +162,12 @@ class Batcher:
             self._computing_tokens = sum(request.tokens for request in requests)
             began = loop.time()
             computed = loop.run_in_executor(self._thread, self._compute, texts)
-            await asyncio.wait([computed])
+            try:
+                await asyncio.wait([computed])
+            except asyncio.CancelledError:
+                for request in requests:
+                    request.answer.cancel()
+                raise
             error = computed.exception()
             start = 0
             for request in requests:

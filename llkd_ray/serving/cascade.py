@@ -36,14 +36,17 @@ class Handover:
     def settle(self, student: Floats, asked: Ints, teacher: Floats) -> Classification:
         """Put both models' answers together.
 
-        The student's stands where the teacher has none.
+        The student's stands where the teacher has none, or one that would be withheld.
 
         Args:
             student: Its probabilities [N, C].
             asked: [M], what `unsure` returned.
             teacher: Its probabilities of these texts [M, C], or NaN.
         """
-        told = ~np.isnan(teacher).any(axis=1)
+        withheld = (teacher.max(axis=1, initial=0.0) < self.abstain_below) & (
+            student[asked].max(axis=1, initial=0.0) >= self.abstain_below
+        )
+        told = ~np.isnan(teacher).any(axis=1) & ~withheld
         probabilities = student.copy()
         probabilities[asked[told]] = teacher[told]
         by: list[Answerer | None] = ["student"] * len(student)
@@ -81,7 +84,7 @@ class CascadeClassifier:
         if len(asked):
             teacher = await self._ask([texts[position] for position in asked])
         settled = self._handover.settle(found.probabilities, asked, teacher)
-        return Classification(settled.probabilities, settled.by, found.tokens)
+        return Classification(settled.probabilities, settled.by)
 
     def check_health(self) -> None:
         """Raise if the student can answer no more; Serve looks after the teacher's replicas."""

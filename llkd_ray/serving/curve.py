@@ -89,14 +89,16 @@ def trace(student: Answers, teacher: Answers, abstain_below: float) -> Curve:
     halfway = (student.confidence[told_apart - 1] + student.confidence[told_apart]) / 2
     of_student, of_teacher = (answers.confidence >= abstain_below for answers in (student, teacher))
 
-    def of_both(by_student: Bools, by_teacher: Bools) -> Floats:
-        """Count rows, the teacher's of the first k and the student's of the others, [K]."""
-        first, others = _sums(by_teacher), _sums(by_student)
+    def of_both(by_both: Bools, by_student: Bools) -> Floats:
+        """Count rows, both models' of the first k and the student's of the others, [K]."""
+        first, others = _sums(by_both), _sums(by_student)
         counted: Floats = (first[asked] + others[-1] - others[asked]).astype(np.float64)
         return counted
 
-    answered = of_both(of_student, of_teacher)
-    right = of_both(of_student & student.right, of_teacher & teacher.right)
+    # The student's answer stands where the teacher's would be withheld, and its own would not.
+    right_of_both = np.where(of_teacher, teacher.right, of_student & student.right)
+    answered = of_both(of_student | of_teacher, of_student)
+    right = of_both(right_of_both, of_student & student.right)
     mended = _sums(teacher.right & ~student.right)[asked]
     spoilt = _sums(student.right & ~teacher.right)[asked]
     return Curve(
@@ -109,7 +111,11 @@ def trace(student: Answers, teacher: Answers, abstain_below: float) -> Curve:
 
 
 def choose(curve: Curve, target: CascadeSection) -> Choice:
-    """Return the threshold of a target, among the student alone and where the teacher helps."""
+    """Return the threshold of a target, among the student alone and where the teacher helps.
+
+    Without `cascade.accuracy` it is the one at which the most rows get a right answer: the most
+    accurate of answers would be those of a model that hardly answers.
+    """
     able = np.flatnonzero(curve.helps | (curve.teacher_fraction == 0))
     accuracy = curve.accuracy[able]
     if target.accuracy is not None:
@@ -133,7 +139,8 @@ def choose(curve: Curve, target: CascadeSection) -> Choice:
         )
     most = 1.0 if target.max_teacher_fraction is None else target.max_teacher_fraction
     within = able[curve.teacher_fraction[able] <= most]
-    at = int(within[curve.accuracy[within].argmax()])
+    rightly_answered = curve.accuracy[within] * curve.answered_fraction[within]
+    at = int(within[rightly_answered.argmax()])
     limit = "" if most == 1 else f" with at most {most:.1%} of the texts to the teacher"
     return _chosen(curve, at, f"{_most(able, at)}{limit}")
 

@@ -5,6 +5,7 @@ import functools
 import logging
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import httpx
 import ray
 import ray.exceptions
 from ray import serve
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from llkd_ray.config import ServeSection
@@ -30,9 +33,14 @@ from llkd_ray.teacher.engine import engine_environment
 
 _log = logging.getLogger(__name__)
 APP = "llkd"
+HTTP = "endpoint"
+"""The deployment that answers HTTP, whatever model is behind it: under another name Serve would
+delete the old one before the new one answers."""
 PROXIES = "EveryNode"
 """Where Serve's proxies run."""
 _POLL_S = 0.2
+# Who has put the application there that runs now. Serve tells only when it was first deployed.
+_OWNER = b"llkd_ray:endpoint_owner"
 _SHUTDOWN_S = 30.0
 # Over so many seconds the requests of a replica are averaged; Serve hears of them every ten.
 _LOOK_BACK_S = 15.0
@@ -177,7 +185,7 @@ def endpoint_app(
                 downscale_delay_s=config.downscale_delay_s,
             )
     deployment: serve.Deployment = serve.deployment(
-        name=card.kind,
+        name=HTTP,
         num_replicas=replicas,
         autoscaling_config=autoscaling,
         ray_actor_options={
@@ -221,18 +229,20 @@ def running(
         The base URL, after the endpoint has answered a health check.
 
     Raises:
-        ClusterError: The port is taken, or 0 where Serve runs already; there is no HAProxy.
+        ClusterError: The port is taken, or is not that of the Serve that runs already; there is
+            no HAProxy.
         EndpointError: The endpoint did not start; the sentence holds Serve's reason.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if config.ingress == "haproxy":
         require_haproxy()
     joins = bool(serve.status().proxies)
-    if joins and config.port == 0:
-        raise ClusterError("Serve runs on this cluster already: set serve.port to its HTTP port")
+    if joins:
+        _compare_with_running(config)
     port = config.port if joins else _bindable(config.host, 0 if free_port else config.port)
     url = f"http://{_reachable(config.host)}:{port}"
     replaces = APP in serve.status().applications
+    me = uuid.uuid4().bytes
     try:
         if not joins:
             serve.start(proxy_location=PROXIES, http_options=http_options(config, port))
@@ -240,8 +250,8 @@ def running(
         serve.run_many(
             [serve.RunTarget(app, name=APP, route_prefix="/")], wait_for_applications_running=False
         )
-        deployed_s = serve.status().applications[APP].last_deployed_time_s
         _wait_until_running(url, config.start_timeout_s)
+        _internal_kv_put(_OWNER, me)
     except BaseException:
         # Replicas that were to be replaced and are not serve on.
         if not replaces:
@@ -250,7 +260,28 @@ def running(
     try:
         yield url
     finally:
-        _take_down(deployed_s, joins=joins)
+        owner = _internal_kv_get(_OWNER)
+        if owner == me or APP not in serve.status().applications:
+            _take_down(joins=joins)
+
+
+def _compare_with_running(config: ServeSection) -> None:
+    """Look at how the Serve that runs already listens, which no application changes.
+
+    Raises:
+        ClusterError: At another port than `serve.port`.
+    """
+    there: Any = _get_global_client().http_config  # type: ignore[union-attr]  # It runs.
+    if config.port != there.port:
+        raise ClusterError(
+            f"Serve runs on this cluster already, at port {there.port}: set serve.port={there.port}"
+        )
+    if config.deadline_s != there.request_timeout_s:
+        _log.warning(
+            "Serve runs on this cluster already, with a deadline of %s instead of "
+            "serve.deadline_s = %g: `serve shutdown` ends it, if it is to start with yours",
+            *(there.request_timeout_s or "none", config.deadline_s),
+        )
 
 
 def _wait_until_running(url: str, timeout_s: float) -> None:
@@ -260,6 +291,7 @@ def _wait_until_running(url: str, timeout_s: float) -> None:
         state = serve.status().applications[APP]
         match state.status:
             case "RUNNING":
+                reason = "its replicas run, but nothing answers there"
                 with contextlib.suppress(httpx.TransportError):
                     # No proxy of the environment stands between us and our own endpoint.
                     if httpx.get(f"{url}/healthz", timeout=5.0, trust_env=False).is_success:
@@ -275,17 +307,14 @@ def _wait_until_running(url: str, timeout_s: float) -> None:
     )
 
 
-def _take_down(deployed_s: float | None = None, *, joins: bool) -> None:
-    """Delete the application, unless another was deployed in its place, and Serve if it is ours.
+def _take_down(*, joins: bool) -> None:
+    """Delete the application, and Serve if it is ours.
 
     The application goes first: its replicas answer what they hold, while shutting Serve down would
     end the proxies, which hold the clients' connections, at once.
     """
     with contextlib.suppress(ray.exceptions.RayActorError, TimeoutError):
-        there = serve.status().applications.get(APP)
-        if there is not None:
-            if deployed_s not in (None, there.last_deployed_time_s):
-                return
+        if APP in serve.status().applications:
             serve.delete(APP)
     if not joins:
         _shut_serve_down()

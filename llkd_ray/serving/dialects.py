@@ -3,9 +3,10 @@
     POST /classify  {"input": "..." or ["..."]}          vLLM's classification API
     POST /predict   {"inputs": "..." or [["..."], ...]}  text-embeddings-inference's
 
-Keys that only their own servers know are read past, as those servers do; both are answered with
-errors in our shape. Sources: vllm/entrypoints/pooling/classify/protocol.py of vLLM 0.32, and
-router/src/http/types.rs of text-embeddings-inference.
+Keys that only their own servers know are read past, but those that would have another text read
+than is read here are refused; both are answered with errors in our shape. Sources:
+vllm/entrypoints/pooling/classify/protocol.py of vLLM 0.32, and router/src/http/types.rs of
+text-embeddings-inference.
 
 Shape legend: N texts, C classes.
 """
@@ -66,6 +67,11 @@ class VLLMRequest(Shape):
     """Must be the name of the model that answers, where it is given."""
     use_activation: bool | None = None
     """False asks for logits in place of probabilities."""
+    truncate_prompt_tokens: Literal[-1] | None = None
+    """-1, what the model reads: that is always so."""
+    truncation_side: Literal["right"] | None = None
+    """A text's end is what is cut."""
+    add_special_tokens: Literal[True] | None = None
 
 
 class VLLMPrediction(Shape):
@@ -81,7 +87,7 @@ class VLLMPrediction(Shape):
 
 
 class VLLMUsage(Shape):
-    """Tokens that were read; 0 where they are not counted."""
+    """0 throughout: tokens are not counted here."""
 
     prompt_tokens: int
     total_tokens: int
@@ -108,6 +114,8 @@ class TEIRequest(Shape):
     """True asks for logits in place of probabilities."""
     truncate: bool | None = None
     """Read past: what goes beyond the model's number of tokens is always cut."""
+    truncation_direction: Literal["Right", "right"] | None = None
+    """A text's end is what is cut."""
 
 
 class TEIPrediction(Shape):
@@ -145,9 +153,7 @@ def read_vllm(body: bytes, card: ModelCard) -> Question:
             created=int(time.time()),
             model=card.name,
             data=predictions,
-            usage=VLLMUsage(
-                prompt_tokens=found.tokens, total_tokens=found.tokens, completion_tokens=0
-            ),
+            usage=VLLMUsage(prompt_tokens=0, total_tokens=0, completion_tokens=0),
         )
 
     return Question(within_limits(request.input, card, "input"), answer)

@@ -2,8 +2,10 @@
 
 Serve itself gives a request up when the replica that computes it dies. Classifying a text twice
 harms nobody, so here the request is sent again, and another replica answers it. What Serve says
-of full queues and of deadlines is put into the JSON in which the replicas refuse. An X-Request-Id
-that is not sane is taken away, as if there were none: Serve answers 500 to one that is no UTF-8.
+of full queues and of deadlines is put into the JSON in which the replicas refuse. Headers by which
+a client would talk Serve out of its limits are taken away, as if there were none: an X-Request-Id
+that is not sane (Serve answers 500 to one that is no UTF-8), a deadline that is none, and the wish
+to be computed after having left.
 
 Serve's proxies take this in by the environment variable RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH,
 which a session of `llkd_ray.cluster` sets. HAProxy, in their place, sends a request again itself
@@ -13,6 +15,7 @@ which a session of `llkd_ray.cluster` sets. HAProxy, in their place, sends a req
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Sequence
 
 from starlette.middleware import Middleware
@@ -30,6 +33,8 @@ _PATHS = frozenset(
 )
 # A request is held until it is answered, to be sent again; what is larger is not.
 _HELD_BYTES = 16_000_000
+# To Serve 0, less, and what is no number are no deadline at all.
+_DEADLINE = re.compile(rb"(?=.*[1-9])[0-9]{1,3}(\.[0-9]{1,6})?")
 # What Serve answers itself, in plain text: a deadline has passed; a queue is full; there is no
 # replica. 408 would say that the client was slow.
 _SAID_BY_SERVE = {408: 504, 429: 429, 503: 503}
@@ -105,7 +110,13 @@ def _is_welcome(name: bytes, value: bytes) -> bool:
     if not value.isascii():
         # The proxy decodes some as UTF-8, and of those that are not, it never lets go of the body.
         return False
-    return name != b"x-request-id" or SANE_ID.fullmatch(value) is not None
+    match name:
+        case b"x-request-id":
+            return SANE_ID.fullmatch(value) is not None
+        case b"x-request-timeout-seconds":
+            return _DEADLINE.fullmatch(value) is not None
+        case _:
+            return name != b"x-request-disconnect-disabled"
 
 
 class _Request:

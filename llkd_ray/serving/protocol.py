@@ -34,8 +34,6 @@ class Classification:
     by: Sequence[Answerer | None] | None = None
     """Who answered each of the N texts, None where nobody was sure enough: such a text gets no
     label. None as a whole where one model answers all, and then the protocol does not say it."""
-    tokens: int = 0
-    """Of the N texts; 0 where nobody counted them."""
 
     def verdicts(self, labels: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Yield each text's label and, where more than one could answer, who did.
