@@ -1,5 +1,6 @@
 """Every kind of student trains, resumes, is exported, loaded and served alike."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,6 +187,21 @@ def test_a_student_that_cannot_be_made_of_the_encoder_is_told(small_encoder):
     with pytest.raises(StudentError, match=r"student\.dimensions = 33: .* has 32"):
         check_student(StaticStudent(model=str(small_encoder), dimensions=33))
     check_student(StaticStudent(model=str(small_encoder), dimensions=32, max_length=5000))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "[]"),
+        ("config.json", '{"model_type": "bert", "hidden_size": "abc"}'),
+        ("tokenizer.json", "{}"),
+    ],
+)
+def test_a_folder_that_is_not_what_it_should_be_is_told(tmp_path, small_encoder, file, content):
+    folder = shutil.copytree(small_encoder, tmp_path / "encoder")
+    (folder / file).write_text(content)
+    with pytest.raises(StudentError, match=str(folder)):
+        check_student(EncoderStudent(model=str(folder)))
 
 
 def test_the_kind_of_student_is_chosen_in_the_experiment():

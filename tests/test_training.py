@@ -11,6 +11,7 @@ from training_workers import changed, kept_rows, run_workers, signals_of, withou
 from llkd_ray.config import (
     AllRule,
     ConfidentLearningRule,
+    EncoderStudent,
     FixedRule,
     FlexMatchRule,
     FreeMatchRule,
@@ -21,11 +22,13 @@ from llkd_ray.config import (
     TopFractionRule,
     TrainSection,
 )
+from llkd_ray.errors import ConfigError
 from llkd_ray.student.checkpoint import STUDENT
-from llkd_ray.student.model import load_student
+from llkd_ray.student.model import load_student, load_untrained
 from llkd_ray.student.step import learning_rate
-from llkd_ray.student.stopping import should_stop
-from llkd_ray.student.train import drop_broken_run
+from llkd_ray.student.stopping import best_of, ranked, should_stop
+from llkd_ray.student.temperature import Temperature, set_temperature
+from llkd_ray.student.train import _check_criterion, drop_broken_run
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():
@@ -142,18 +145,68 @@ def test_a_student_goes_on_from_a_trained_one(tmp_path, work, head):
     student = work.student.model_copy(update={"head": head})
     taught = changed(replace(work, student=student), rule=AllRule(), epochs=1)
     run_workers(tmp_path / "first", taught, 1)
-    start = tmp_path / "first/epoch-0001" / STUDENT
+    trained = tmp_path / "first/epoch-0001" / STUDENT
+    # As it is exported.
+    start = shutil.copytree(trained, tmp_path / "exported")
+    set_temperature(start, Temperature(1.5, "gold", 40))
     still = changed(taught, epochs=1, learning_rate=1e-12, weight_decay=0.0)
-    weights = {"first": load_student(start)[0].state_dict()}
+    weights = {"first": load_student(trained)[0].state_dict()}
     for name, further in (("last", replace(still, start=start)), ("fresh", still)):
         run_workers(tmp_path / name, further, 1)
-        model, _ = load_student(tmp_path / name / "epoch-0001" / STUDENT)
-        weights[name] = model.state_dict()
+        folder = tmp_path / name / "epoch-0001" / STUDENT
+        weights[name] = load_student(folder)[0].state_dict()
+        set_temperature(folder, Temperature(0.8, "gold", 40))  # It has none yet.
     heads = [key for key in weights["first"] if key.startswith(("classifier", "head"))]
     assert heads
     for key, value in weights["first"].items():
         assert torch.allclose(weights["last"][key], value, atol=1e-6), key
     assert not all(torch.allclose(weights["fresh"][key], weights["first"][key]) for key in heads)
+
+
+@pytest.mark.slow
+def test_of_a_trained_classifier_the_encoder_counts_and_its_head_is_drawn_anew(tmp_path, work):
+    run_workers(tmp_path / "first", changed(work, rule=AllRule(), epochs=1), 1)
+    folder = tmp_path / "first/epoch-0001" / STUDENT
+    set_temperature(folder, Temperature(1.5, "gold", 40))
+    trained = dict(load_student(folder)[0].named_parameters())
+    for names in (work.label_names, ("yes", "no")):
+        section = EncoderStudent(model=str(folder), dropout=0.0)
+        drawn, again, other = (
+            dict(load_untrained(section, names, seed=seed).named_parameters()) for seed in (0, 0, 1)
+        )
+        for key, weight in drawn.items():
+            assert torch.equal(weight, again[key]), key
+            if key.startswith("bert."):
+                assert torch.equal(weight, trained[key]), key
+        assert drawn["classifier.weight"].shape[0] == len(names)
+        assert not torch.equal(drawn["classifier.weight"], other["classifier.weight"])
+        assert drawn["classifier.weight"].shape != trained["classifier.weight"].shape or (
+            not torch.equal(drawn["classifier.weight"], trained["classifier.weight"])
+        )
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_ends_the_training(tmp_path, work):
+    with pytest.raises(AssertionError):
+        run_workers(tmp_path, changed(work, rule=AllRule(), learning_rate=1e25), 1)
+    assert "lower train.learning_rate (now 1e+25)" in (tmp_path / "error-0").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cadence", ["epoch", "step"])
+def test_rows_that_no_step_is_left_for_were_not_used(tmp_path, work, cadence):
+    short = changed(work, rule=LLKDRule(cadence=cadence, teacher_decay=0.0), steps=9)
+    progress = run_workers(tmp_path, short, 2)
+    before = 0
+    for row in progress.epochs:
+        taken = row["row_steps"] - before
+        assert row["distinct_rows"] <= row["row_steps"]
+        assert cadence == "epoch" or row["kept"] == taken
+        assert row["kept"] >= taken
+        before = row["row_steps"]
+    assert progress.epochs[-1]["steps"] == 9
+    used = sum(row["used"] for row in progress.audit if row["epoch"] == progress.epoch)
+    assert used == progress.epochs[-1]["distinct_rows"]
 
 
 @pytest.mark.slow
@@ -239,6 +292,24 @@ def test_soft_targets_change_the_loss_and_train(tmp_path, work):
     soft = run_workers(tmp_path / "soft", changed(work, soft_targets=0.5, temperature=2.0), 1)
     assert soft.epochs[0]["loss"] != pytest.approx(hard.epochs[0]["loss"], rel=1e-3)
     assert soft.epochs[1]["loss"] < soft.epochs[0]["loss"]
+
+
+def test_of_equal_scores_the_first_is_the_best_wherever_it_is_asked():
+    scores = [0.6, 0.7, 0.7, None, 0.7]
+    assert best_of(scores) == 1
+    assert best_of([None] * 3) == 2
+    of_epochs = [ranked(score, epoch) for epoch, score in enumerate(scores, start=1)]
+    assert max((rank, epoch) for epoch, rank in enumerate(of_epochs) if rank is not None)[1] == 1
+    assert ranked(0.7, 10_000) > ranked(0.7 - 1e-7, 1)
+    assert ranked(None, 3) is None
+
+
+def test_patience_where_nothing_is_scored_is_refused():
+    for by, has_gold in (("last", True), ("auto", False)):
+        section = TrainSection.model_validate({"stopping": {"patience": 2, "choose_by": by}})
+        with pytest.raises(ConfigError, match="patience = 2: nothing is scored"):
+            _check_criterion(section, has_gold=has_gold)
+    _check_criterion(TrainSection(stopping={"patience": 2}), has_gold=True)
 
 
 def test_where_nothing_is_scored_no_epoch_is_the_last():

@@ -10,6 +10,7 @@ import numpy as np
 
 from llkd_ray.compare.trial import Trial
 from llkd_ray.metrics import Floats, Ints, accuracy, macro_f1
+from llkd_ray.student.stopping import best_of
 
 CRITERIA = {"gold": "validation_macro_f1", "teacher": "held_out_macro_f1", "last": None}
 """How the epoch can be chosen: the column of schema.EPOCHS that the chosen one has most of."""
@@ -104,7 +105,7 @@ def _chosen(trial: Trial, criterion: str) -> int | None:
     scores = [row[column] for row in trial.epochs]
     if any(score is None for score in scores):
         return None
-    return int(np.argmax(scores))
+    return best_of(scores)
 
 
 def _resampled(predicted: Ints, gold: Ints, num_classes: int, resamples: int, seed: int) -> Floats:

@@ -173,8 +173,7 @@ def _llkd(
         teacher = state.of("teacher", num_classes).moved(rows, of_c, rule.teacher_decay)
         student = state.of("student", num_classes).moved(rows, of_u, rule.student_decay)
     else:
-        of_p = on_grid(signals.teacher).sum(axis=0)
-        of_q = signals.student_grid.sum(axis=0)
+        of_p, of_q = signals.teacher_sums, signals.student_sums
         rows, of_c, of_u, of_p, of_q = all_reduce(np.vstack([of_class, of_p, of_q]))
         total = rows.sum()
         if not total:
@@ -266,9 +265,7 @@ def _freematch(
 ) -> Selection:
     """ArXiv 2205.07246, Eq. 5 to 8 as we read them; epochs stand for its batches."""
     confidence, num_classes = signals.student_confidence, signals.num_classes
-    sums = all_reduce(
-        np.array([len(signals), confidence.sum(), *signals.student_grid.sum(axis=0)], np.float64)
-    )
+    sums = all_reduce(np.array([len(signals), confidence.sum(), *signals.student_sums], np.float64))
     if not sums[0]:
         return _kept(np.zeros(0, dtype=np.bool_), signals, state)
     levels = state.of("student", num_classes).moved_to(
@@ -308,15 +305,15 @@ def _confident_learning(
     """
     if epoch == 1:
         return _kept(np.ones(len(signals), dtype=np.bool_), signals, state)
-    q = signals.student_grid
     rows, sums = all_reduce(
         class_sums(signals.label, signals.num_classes, signals.student_of_label)
     )
     threshold = np.divide(sums, rows, out=np.full(len(rows), np.nan), where=rows > 0)
-    reached = q >= np.nan_to_num(threshold, nan=np.inf)
-    guess = np.where(reached, q, -1.0).argmax(axis=1)
-    agrees = (guess == signals.label) | (signals.predicted == signals.label)
-    keep = agrees | ~reached.any(axis=1)
+    keep: Bools = signals.predicted == signals.label
+    for block, q in signals.student_blocks():
+        reached = q >= np.nan_to_num(threshold, nan=np.inf)
+        guess = np.where(reached, q, -1.0).argmax(axis=1)
+        keep[block] |= (guess == signals.label[block]) | ~reached.any(axis=1)
     return _kept(keep, signals, state, {"probability": threshold})
 
 
@@ -348,12 +345,13 @@ def _agreement(signals: Signals, all_reduce: AllReduce) -> Floats:
     The product of teacher and student, each class divided by the student's mean probability of it
     (else frequent classes win twice), normalized over the classes.
     """
-    q = signals.student_grid
-    sums = all_reduce(np.array([float(len(signals)), *q.sum(axis=0)]))
+    sums = all_reduce(np.array([float(len(signals)), *signals.student_sums]))
     prior = np.maximum(sums[1:] / max(sums[0], 1.0), 1 / GRID)
-    product = signals.teacher.astype(np.float64) * (q / prior)
-    chosen = np.take_along_axis(product, signals.label[:, None], axis=1)[:, 0]
-    total = product.sum(axis=1)
+    chosen, total = np.empty(len(signals)), np.empty(len(signals))
+    for block, q in signals.student_blocks():
+        product = signals.teacher[block].astype(np.float64) * (q / prior)
+        of_label = np.take_along_axis(product, signals.label[block, None], axis=1)
+        chosen[block], total[block] = of_label[:, 0], product.sum(axis=1)
     return on_grid(np.divide(chosen, total, out=np.zeros_like(chosen), where=total > 0))
 
 

@@ -3,7 +3,7 @@
 Shape legend: N rows of this worker, C classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,8 +25,8 @@ GRID = 2**20
 """Signals are rounded to multiples of 1 / GRID: fine enough that no threshold notices, coarse
 enough that float64 sums over 2**33 rows are exact, whatever the order of the rows or workers."""
 
-# Rows whose entropy is worked out at a time: what that takes fits a processor's cache, and ten
-# million rows take no more of it than these.
+# Rows whose distributions are worked on at a time: what that takes fits a processor's cache, and
+# ten million rows take no more of it than these.
 _BLOCK_ROWS = 2**14
 
 
@@ -80,9 +80,18 @@ class Signals:
         return on_grid(_chosen(self._asked, self.label))
 
     @property
-    def student_grid(self) -> Floats:
-        """The student's distribution, [N, C], on the grid."""
-        return on_grid(self._asked)
+    def teacher_sums(self) -> Floats:
+        """The sum of the teacher's distributions, [C], on the grid."""
+        return _summed(self.teacher)
+
+    @property
+    def student_sums(self) -> Floats:
+        """The sum of the student's distributions, [C], on the grid."""
+        return _summed(self._asked)
+
+    def student_blocks(self) -> Iterator[tuple[slice, Floats]]:
+        """Yield the student's distributions on the grid, some of the N rows at a time."""
+        return _blocks(self._asked)
 
     @property
     def _asked(self) -> Probabilities:
@@ -106,6 +115,20 @@ def uncertainty(probabilities: npt.NDArray[np.floating[Any]]) -> Floats:
         surprise = -np.log(p, out=np.zeros_like(p), where=p > 0)
         entropy[start : start + _BLOCK_ROWS] = (p * surprise).sum(axis=1) / np.log(p.shape[1])
     return entropy.clip(0.0, 1.0)
+
+
+def _blocks(probabilities: Probabilities) -> Iterator[tuple[slice, Floats]]:
+    for start in range(0, len(probabilities), _BLOCK_ROWS):
+        block = slice(start, start + _BLOCK_ROWS)
+        yield block, on_grid(probabilities[block])
+
+
+def _summed(probabilities: Probabilities) -> Floats:
+    # Sums of numbers on the grid are exact, whatever their order.
+    total: Floats = np.zeros(probabilities.shape[1])
+    for _, block in _blocks(probabilities):
+        total += block.sum(axis=0)
+    return total
 
 
 def on_grid(signal: npt.NDArray[np.floating[Any]]) -> Floats:

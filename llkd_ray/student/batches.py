@@ -32,15 +32,20 @@ class Tokens:
     ids: npt.NDArray[np.int32]
     """[T], of all texts, one after the other."""
     starts: Ints
-    """[N + 1], where each text's ids begin."""
+    """[N], where each text's ids begin."""
+    lengths: Ints
+    """[N], how many they are."""
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.starts)
 
-    @property
-    def lengths(self) -> Ints:
-        """Tokens of each text, [N]."""
-        return np.diff(self.starts)
+    def __getitem__(self, text: int) -> npt.NDArray[np.int32]:
+        start = self.starts[text]
+        return self.ids[start : start + self.lengths[text]]
+
+    def subset(self, chosen: Bools) -> "Tokens":
+        """Return some of the texts, of the same ids."""
+        return Tokens(self.ids, self.starts[chosen], self.lengths[chosen])
 
 
 @dataclass(frozen=True)
@@ -65,19 +70,12 @@ class Rows:
 
     def subset(self, chosen: Bools) -> "Rows":
         """Return some of the rows."""
-        positions = np.flatnonzero(chosen)
-        lengths = self.tokens.lengths[positions]
-        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        ids = np.empty(starts[-1], dtype=np.int32)
-        for to, position in enumerate(positions):
-            begin, end = self.tokens.starts[position : position + 2]
-            ids[starts[to] : starts[to + 1]] = self.tokens.ids[begin:end]
         parts = {
             field.name: getattr(self, field.name)[chosen]
             for field in fields(self)
             if field.name != "tokens"
         }
-        return Rows(**parts, tokens=Tokens(ids, starts))
+        return Rows(**parts, tokens=self.tokens.subset(chosen))
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def read_rows(
     keys = [np.empty((0, 2), dtype=np.uint64)]
     label, gold = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
     teacher = [np.empty((0, len(label_names)), dtype=np.float32)]
-    lengths = [np.zeros(1, dtype=np.int64)]
+    lengths = [np.empty(0, dtype=np.int64)]
     with tempfile.TemporaryFile(prefix="llkd_ray-tokens-") as file:
         for batch in _read_batches(folder):
             ids = split_ids(batch.column("row_id").to_pylist())
@@ -141,7 +139,8 @@ def read_rows(
             label.append(_positions(chosen, "label", names))
             teacher.append(_distributions(chosen, len(label_names)))
             tokens = tokenize(tokenizer, chosen.column("text").to_pylist(), max_length)
-            tokens.ids.tofile(file)
+            # Not tofile: at a full disk its error does not say so.
+            file.write(tokens.ids.data)
             lengths.append(tokens.lengths)
         both = np.concatenate(keys)
         return Rows(
@@ -150,7 +149,7 @@ def read_rows(
             label=np.concatenate(label),
             gold=np.concatenate(gold),
             teacher=np.concatenate(teacher),
-            tokens=Tokens(_mapped(file), np.cumsum(np.concatenate(lengths))),
+            tokens=_packed(_mapped(file), np.concatenate(lengths)),
         )
 
 
@@ -163,10 +162,8 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokens:
         return_attention_mask=False,
         return_token_type_ids=False,
     )["input_ids"]
-    return Tokens(
-        ids=np.array([token for text in encoded for token in text], dtype=np.int32),
-        starts=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
-    )
+    ids = np.array([token for text in encoded for token in text], dtype=np.int32)
+    return _packed(ids, np.array(list(map(len, encoded)), dtype=np.int64))
 
 
 def split_ids(row_ids: Sequence[str]) -> Keys:
@@ -182,10 +179,10 @@ def pad(
 
     No texts give one of padding alone: a worker that has run out still takes part in a step.
     """
-    lengths = tokens.starts[chosen + 1] - tokens.starts[chosen] if len(chosen) else np.array([1])
+    lengths = tokens.lengths[chosen] if len(chosen) else np.array([1])
     input_ids = np.full((len(lengths), lengths.max()), pad_token_id, dtype=np.int64)
     for line, text in enumerate(chosen):
-        input_ids[line, : lengths[line]] = tokens.ids[tokens.starts[text] : tokens.starts[text + 1]]
+        input_ids[line, : lengths[line]] = tokens[text]
     attention_mask = (np.arange(input_ids.shape[1]) < lengths[:, None]).astype(np.int64)
     return {
         "input_ids": torch.from_numpy(input_ids).to(device),
@@ -222,6 +219,11 @@ def _distributions(batch: pa.RecordBatch, num_classes: int) -> Probabilities:
     flat = batch.column("probabilities").flatten().to_numpy(zero_copy_only=False)
     distributions: Probabilities = flat.astype(np.float32).reshape(-1, num_classes)
     return distributions
+
+
+def _packed(ids: npt.NDArray[np.int32], lengths: Ints) -> Tokens:
+    """Return texts whose ids lie one after the other."""
+    return Tokens(ids, np.cumsum(lengths) - lengths, lengths)
 
 
 def _mapped(file: BinaryIO) -> npt.NDArray[np.int32]:

@@ -117,7 +117,7 @@ def _chosen(card: Card) -> str:
     if by == "held_out_macro_f1":
         return (
             f"The weights after epoch {epoch} of {card.epochs}, the best by macro-F1 against the "
-            f"teacher's surest labels on rows held out: {details[by]:.3f}. No gold was read."
+            f"teacher's surest labels on rows held out: {details[by]:.3f}. Gold did not choose it."
         )
     return (
         f"The weights after epoch {epoch} of {card.epochs}, the best by macro-F1 on the validation "

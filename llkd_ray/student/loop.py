@@ -10,6 +10,7 @@ Shape legend: N rows of this worker, C classes.
 """
 
 import logging
+import math
 import tempfile
 import time
 from dataclasses import replace
@@ -59,7 +60,8 @@ def train_worker(context: Context, work: Work) -> Progress:
     student any more.
 
     Raises:
-        StudentError: The student cannot be loaded, or there was not one row to train on.
+        StudentError: The student cannot be loaded, there was not one row to train on, or the loss
+            is no number any more.
     """
     if context.device.type == "cpu":
         torch.set_num_threads(work.train.threads_per_worker)
@@ -106,13 +108,15 @@ def _run_epoch(worker: Worker, progress: Progress, memory: RowMemory) -> Progres
     """Go through one epoch, or what is left of it, and return the progress after it."""
     work, rows, all_reduce = worker.work, worker.rows, worker.all_reduce
     epoch, clock = progress.epoch + 1, [time.perf_counter()]
-    if not progress.cursor and not work.stepwise:
+    choice: tuple[Signals, Selection] | None = None
+    if not progress.cursor and work.stepwise:
+        memory.keep[:], memory.weight[:] = False, 0.0
+    elif not progress.cursor:
         if needs_student(work.selection, epoch):
             _ask_student(worker, epoch, memory)
             all_reduce(np.zeros(1))  # Who is done first waits here: that is scoring's time.
         clock.append(time.perf_counter())
-        progress = _choose(worker, progress, memory)
-    clock.append(time.perf_counter())
+        choice = _choose(worker, progress, memory)
     chosen = np.arange(len(rows)) if work.stepwise else np.flatnonzero(memory.keep)
     total, kept = all_reduce(np.array([len(rows), len(chosen)], dtype=np.float64)).astype(int)
     num_steps = int(-(-kept // work.train.batch_size))
@@ -127,7 +131,17 @@ def _run_epoch(worker: Worker, progress: Progress, memory: RowMemory) -> Progres
     )
     if work.train.steps is not None:
         plan = plan[: work.train.steps - progress.steps]
-    progress, row_steps, loss = _take_steps(worker, progress, memory, [chosen[at] for at in plan])
+    plan = [chosen[at] for at in plan]
+    if choice is not None:
+        memory.used[_all_of(plan)] = True
+        progress = _audited(worker, progress, *choice, memory.used)
+    clock.append(time.perf_counter())
+    progress, row_steps, loss = _take_steps(worker, progress, memory, plan)
+    if loss is not None and not math.isfinite(loss):
+        raise StudentError(
+            f"epoch {epoch}: the loss is {loss}, no number to learn by; lower train.learning_rate "
+            f"(now {work.train.learning_rate:g}), or look at the weights of student.model"
+        )
     if work.stepwise:
         kept = int(all_reduce(np.array([float(memory.keep.sum())]))[0])
     distinct = int(all_reduce(np.array([float(memory.used.sum())]))[0])
@@ -160,15 +174,14 @@ def _ask_student(worker: Worker, epoch: int, memory: RowMemory) -> None:
     memory.student[positions] = score(worker, worker.rows, positions)
 
 
-def _choose(worker: Worker, progress: Progress, memory: RowMemory) -> Progress:
-    """Select the epoch's rows, into the memory, and return the progress with their audit."""
+def _choose(worker: Worker, progress: Progress, memory: RowMemory) -> tuple[Signals, Selection]:
+    """Select the epoch's rows, into the memory, and return what by and how."""
     work, epoch = worker.work, progress.epoch + 1
     asked = needs_student(work.selection, epoch)
     signals = signals_of(worker.rows, memory.student if asked else None)
     selection = _select(worker, signals, progress, epoch)
     memory.keep, memory.weight, memory.target = selection.keep, selection.weight, selection.target
-    memory.used |= selection.keep
-    return _audited(worker, progress, signals, selection, memory.used)
+    return signals, selection
 
 
 def _select(worker: Worker, signals: Signals, progress: Progress, epoch: int) -> Selection:
@@ -251,7 +264,7 @@ def _choose_and_take_steps(
         total = float(worker.all_reduce(np.array([weight.sum()]))[0])
         stepper.take(chosen, weight, selection.target[selection.keep], total)
         progress = _maybe_checkpoint(worker, stepper, progress, memory, num_steps=len(plan))
-    seen = np.concatenate([np.empty(0, dtype=np.int64), *plan])
+    seen = _all_of(plan)
     kept, weight_sum = worker.all_reduce(
         np.array([memory.keep[seen].sum(), memory.weight[seen].sum()], dtype=np.float64)
     )
@@ -260,6 +273,11 @@ def _choose_and_take_steps(
     progress = _audited(worker, progress, signals, whole, memory.used)
     loss = stepper.loss_sum_of_all() / weight_sum if weight_sum else None
     return progress, int(kept), loss
+
+
+def _all_of(plan: list[Ints]) -> Ints:
+    """Return the positions of all rows of a plan."""
+    return np.concatenate([np.empty(0, dtype=np.int64), *plan])
 
 
 def _stepper(worker: Worker, progress: Progress, num_steps: int) -> Stepper:

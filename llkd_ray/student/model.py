@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
@@ -22,8 +23,15 @@ from llkd_ray.errors import StudentError
 from llkd_ray.student.architectures import MeanPooledClassifier, MeanPooledConfig, StaticClassifier
 from llkd_ray.teacher.pretrained import from_hub, is_on_hub
 
+TEMPERATURE = "confidence_temperature"
+"""Key of an exported student's config.json: what its head was divided by."""
 VECTORS = "embedding.weight"
 """Name of a static student's vectors in its file of weights."""
+# What transformers raises at folders that are not what they should be.
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
+    *(SafetensorError, StrictDataclassError),
+)
 
 
 def locate(model: str) -> Path:
@@ -64,7 +72,7 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise StudentError(f"{folder}: no tokenizer can be loaded: {_first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         raise StudentError(f"{folder}: the tokenizer has no padding token; the student needs one")
@@ -122,7 +130,7 @@ def load_untrained(section: StudentSection, label_names: Sequence[str], *, seed:
             _cut(config, section, folder)
             _set_dropout(config, dropout)
             if head == "own":
-                return _load_model(folder, config=_with_classes(config, label_names))
+                return _with_fresh_head(folder, _with_classes(config, label_names))
             whole = MeanPooledConfig(encoder=config.to_dict())
             _set_dropout(whole, dropout)
             encoder = load_encoder(folder, config)
@@ -179,7 +187,30 @@ def _set_dropout(config: Any, dropout: float | None) -> None:
             setattr(config, key, dropout)
 
 
+def _with_fresh_head(folder: Path, config: Any) -> Any:
+    """Return the classifier of a folder without the head that the folder may have.
+
+    Of a folder that holds a classifier, for these classes or for others, the encoder counts.
+    """
+    model, found = _load_model(
+        folder, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    fresh = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+    encoder = f"{model.base_model_prefix}."
+    broken = sorted(key for key, *_ in found["mismatched_keys"] if key.startswith(encoder))
+    if broken:
+        raise StudentError(f"{folder}: the weights do not load: {broken[0]} has another shape")
+    weights = dict(model.named_parameters())
+    old = [key for key in weights if not key.startswith(encoder) and key not in fresh]
+    if old:
+        drawn = dict(AutoModelForSequenceClassification.from_config(config).named_parameters())
+        for key in old:
+            weights[key].data.copy_(drawn[key].data)
+    return model
+
+
 def _with_classes(config: Any, label_names: Sequence[str]) -> Any:
+    vars(config).pop(TEMPERATURE, None)  # That of an earlier head.
     config.num_labels = len(label_names)
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: position for position, name in enumerate(label_names)}
@@ -190,12 +221,12 @@ def _with_classes(config: Any, label_names: Sequence[str]) -> Any:
 def _load_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise StudentError(f"{folder}: config.json cannot be read: {_first_line(error)}") from error
 
 
 def _load_model(
-    folder: Path, *, config: Any, as_a: Any = AutoModelForSequenceClassification
+    folder: Path, *, config: Any, as_a: Any = AutoModelForSequenceClassification, **how: bool
 ) -> Any:
     # transformers reports at length, as a warning, that a fresh head is fresh.
     verbosity = transformers_logging.get_verbosity()
@@ -209,8 +240,9 @@ def _load_model(
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            **how,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise StudentError(f"{folder}: the weights do not load: {_first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -13,6 +13,8 @@ from llkd_ray.metrics import accuracy, macro_f1
 from llkd_ray.selection import AllReduce, Bools, Ints, Keys, Signals, cuts, hashed
 from llkd_ray.student.batches import Rows
 
+# Less than what one row more changes, however many there are.
+_A_LITTLE = 1e-12
 SCORE = "score"
 """Key of an epoch's row of schema.EPOCHS that the best epoch has most of."""
 
@@ -76,10 +78,24 @@ def criterion(section: StoppingSection, *, has_gold: bool) -> str:
             return by_gold if has_gold else by_teacher if section.held_out_fraction else "last"
 
 
+def best_of(scores: Sequence[float | None]) -> int:
+    """Return the position of the best score, of equal ones the first; the last without any."""
+    if all(score is None for score in scores):
+        return len(scores) - 1
+    return max(
+        range(len(scores)),
+        key=lambda at: (scores[at] is not None, scores[at] or 0.0, -at),
+    )
+
+
+def ranked(score: float | None, epoch: int) -> float | None:
+    """Return an epoch's score, a little less the later it is, for those who keep the last best."""
+    return None if score is None else score - epoch * _A_LITTLE
+
+
 def should_stop(epochs: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
     """Return whether the score has not risen for so many epochs; never, where there is none."""
     scores = [row[SCORE] for row in epochs]
     if patience is None or all(score is None for score in scores):
         return False
-    best = max(range(len(scores)), key=lambda at: (scores[at] is not None, scores[at] or 0.0, -at))
-    return len(scores) - 1 - best >= patience
+    return len(scores) - 1 - best_of(scores) >= patience

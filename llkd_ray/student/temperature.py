@@ -27,12 +27,10 @@ from llkd_ray.metrics import Floats
 from llkd_ray.selection import Probabilities
 from llkd_ray.student.batches import split_ids, tokenize
 from llkd_ray.student.evaluate import class_probabilities
-from llkd_ray.student.model import load_student
+from llkd_ray.student.model import TEMPERATURE, load_student
 from llkd_ray.student.stopping import held_out
 from llkd_ray.teacher.calibration import fit_temperature, softmax
 
-_KEY = "confidence_temperature"
-"""Of config.json, where the temperature is remembered."""
 # One number needs no more rows, and rows of a split come in the order of a hash.
 _MOST_ROWS = 5_000
 
@@ -125,11 +123,8 @@ def set_temperature(student: Path, temperature: Temperature) -> None:
     """
     assert read_temperature(student) is None, f"{student} has its temperature already"
     model, _ = load_student(student)
-    head = _head(model)
-    head.weight.data /= temperature.value
-    if head.bias is not None:
-        head.bias.data /= temperature.value
-    setattr(model.config, _KEY, asdict(temperature))
+    _divide_head(model, temperature.value)
+    setattr(model.config, TEMPERATURE, asdict(temperature))
     if not torch.cuda.is_available():
         # Saving makes transformers import DeepSpeed, which otherwise warns that it found no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -140,15 +135,29 @@ def set_temperature(student: Path, temperature: Temperature) -> None:
         logging.enable_progress_bar()
 
 
+def undo_temperature(model: Any) -> None:
+    """Make of a loaded student, calibrated or not, what it was when it had been trained."""
+    told = vars(model.config).pop(TEMPERATURE, None)
+    if told is not None:
+        _divide_head(model, 1 / told["value"])
+
+
 def read_temperature(student: Path) -> Temperature | None:
     """Return what `set_temperature` did to a student's folder, None where it did nothing."""
     tree = json.loads((student / "config.json").read_text(encoding="utf-8"))
-    return Temperature(**tree[_KEY]) if _KEY in tree else None
+    return Temperature(**tree[TEMPERATURE]) if TEMPERATURE in tree else None
 
 
 def as_trained(probabilities: Floats | Probabilities, temperature: Temperature) -> Floats:
     """Return what the probabilities [N, C] of a calibrated student were before."""
     return softmax(_logits(probabilities) * temperature.value)
+
+
+def _divide_head(model: Any, value: float) -> None:
+    head = _head(model)
+    head.weight.data /= value
+    if head.bias is not None:
+        head.bias.data /= value
 
 
 def _head(model: Any) -> nn.Linear:

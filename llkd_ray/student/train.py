@@ -70,7 +70,7 @@ def train(
 ) -> Trained:
     """Train a student on the teacher's labels and leave the best epoch as a plain model.
 
-    Needs a connection to Ray. A run that was killed goes on from its last whole epoch when called
+    Needs a connection to Ray. A run that was killed goes on from its last checkpoint when called
     again with the same `out`.
 
     Reads:
@@ -98,8 +98,10 @@ def train(
             machine, shared.
 
     Raises:
-        ConfigError: The experiment wants gold where there is none, or `train.deepspeed` is wrong.
-        StudentError: The encoder cannot be loaded, or there is no row to train on.
+        ConfigError: The experiment wants gold where there is none, or patience where nothing is
+            scored, or `train.deepspeed` is wrong.
+        StudentError: The encoder cannot be loaded, there is no row to train on, or the loss is no
+            number any more.
         ClusterError: Workers found no room, or died more often than `train.max_failures`.
     """
     started = time.perf_counter()
@@ -125,8 +127,10 @@ def train(
     drop_broken_run(out / RUN)
     last, best = fit(work, out)
     progress, best_epoch = read_progress(last), read_progress(best).epoch
+    # Where the run is in a store, nothing but the workers has seen the student yet.
+    as_trained = storage.here(best / STUDENT)
     temperature = find_temperature(
-        best / STUDENT,
+        as_trained,
         corpus,
         labels,
         label_names,
@@ -154,7 +158,7 @@ def train(
         temperature=temperature,
         origin=origin,
     )
-    export(best / STUDENT, out / MODEL, card)
+    export(as_trained, out / MODEL, card)
     set_temperature(out / MODEL, temperature)
     storage.here(out / SIGNALS)
     _forget(out / RUN)
@@ -218,6 +222,14 @@ def _check_criterion(section: TrainSection, *, has_gold: bool) -> None:
         raise ConfigError(
             "train.stopping.choose_by = 'teacher' needs rows held out of training; set "
             "train.stopping.held_out_fraction, e.g. 0.1"
+        )
+    if section.stopping.patience is not None and (
+        criterion(section.stopping, has_gold=has_gold) == "last"
+    ):
+        raise ConfigError(
+            f"train.stopping.patience = {section.stopping.patience}: nothing is scored after an "
+            "epoch, so nothing can stop rising; give the validation split gold, or set "
+            "train.stopping.held_out_fraction, e.g. 0.1, and leave choose_by at 'auto'"
         )
 
 

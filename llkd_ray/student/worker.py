@@ -22,6 +22,7 @@ from llkd_ray.student.engine import Average, start_engine
 from llkd_ray.student.evaluate import class_probabilities
 from llkd_ray.student.model import load_student, load_tokenizer, load_untrained, locate
 from llkd_ray.student.order import lanes_for
+from llkd_ray.student.temperature import undo_temperature
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def start_worker(context: Context, work: Work) -> Worker:
         model = load_untrained(work.student, work.label_names, seed=work.seed)
     else:
         model = load_student(work.start)[0]
+        undo_temperature(model)
     engine = start_engine(
         model, work.train, work.expert, world_size=context.world_size, device=context.device
     )
