@@ -217,16 +217,17 @@ def _publish(artifact: Artifact) -> None:
         # Somebody was first. The same settings and inputs made both.
         storage.remove(artifact.making)
         return
-    if not storage.in_store(artifact.path):
-        os.replace(artifact.making, artifact.path)
-        return
-    storage.commit(artifact.making, artifact.path, last=MANIFEST)
+    stored = storage.in_store(artifact.path)
+    if stored:
+        storage.commit(artifact.making, artifact.path, last=MANIFEST)
     if artifact.path.exists():
-        # A mirror keeps what the store has lost.
+        # Without a manifest it is no artifact: half a copy, or what a mirror keeps and its store
+        # has lost.
         shutil.rmtree(artifact.path)
     os.replace(artifact.making, artifact.path)
-    # What other nodes left there for this one.
-    storage.remove(artifact.making)
+    if stored:
+        # What other nodes left there for this one.
+        storage.remove(artifact.making)
 
 
 def make_once(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -239,6 +240,8 @@ def make_once(folder: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         ArtifactError: Nothing can be written there.
     """
+    if folder.is_dir():  # Maybe where nothing can be written.
+        return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = open(folder.parent / f".{folder.name}.lock", "w")  # noqa: SIM115 - closed below

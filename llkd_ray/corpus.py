@@ -28,6 +28,7 @@ _MAX_BUCKETS = 256
 _SPILL_ROWS = 2048
 _SPILL_CHARS = 64_000_000
 _SHOWN_CHARS = 200
+_MOST_REASONS = 1000
 _SPILL = pa.schema([*schema.TEXT, pa.field("where", pa.string())])
 
 
@@ -60,8 +61,9 @@ def prepare(config: CorpusSection, task: TaskSection, folder: Path) -> Prepared:
 
     Writes:
         `SPLIT/shard-*.parquet` (schema.TEXT) and `rejected.parquet` (schema.REJECTED), in which an
-        unreadable file counts as one row. Memory is bounded by the larger of a bucket's distinct
-        texts and a shard, not by the corpus.
+        unreadable file counts as one row. Memory is bounded by a shard, or by the distinct texts
+        of a bucket where these are larger: about 64 MB of the source, or a 256th of one of more
+        than 16 GB.
 
     Raises:
         CorpusError: The source is missing, empty, unreadable or lacks a column, or leaves nothing
@@ -368,7 +370,9 @@ class _Aside:
         self._waiting.append(
             {key: text.encode(errors="backslashreplace").decode() for key, text in row.items()}
         )
-        self._reasons[reason] += 1
+        # A wrong column has a reason for every row, each with its own value.
+        told = reason in self._reasons or len(self._reasons) < _MOST_REASONS
+        self._reasons[reason if told else "for other reasons"] += 1
         self.rows += 1
         if len(self._waiting) == _SPILL_ROWS:
             self._flush()

@@ -79,7 +79,10 @@ def _remembered(memory: Path) -> dict[str, list[Any]]:
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
     return stat.st_size, stat.st_mtime_ns
 
 

@@ -79,6 +79,9 @@ class Lineage:
                 decoding = _only(teacher, "url", "api", "top_logprobs", "votes", "vote_temperature")
             case ScriptedTeacher():
                 decoding = {}
+        shots = dict(as_tree(teacher.shots))
+        if teacher.shots.kind == "nearest":
+            shots["encoder"] = revision(teacher.shots.encoder, self._cache)
         return {
             # Raised when the same settings come to make another prompt or read-out.
             "format": 1,
@@ -87,7 +90,7 @@ class Lineage:
             "model": revision(teacher.model, self._cache),
             "readout": teacher.readout,
             "prompt": as_tree(teacher.prompt),
-            "shots": as_tree(teacher.shots),
+            "shots": shots,
             "decoding": decoding,
         }
 

@@ -8,7 +8,6 @@ a `CorpusError`. Bytes that are not UTF-8 become lone surrogates, which no valid
 import csv
 import functools
 import io
-import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -36,8 +35,6 @@ _BATCH_BYTES = 64_000_000
 # A line or field beyond this is a file gone wrong, a quote left open for instance; it bounds what
 # is held of a file that has no line ends at all.
 _MAX_LINE = 256_000_000
-# A line that no file has, behind its last one.
-_END = "\ue000llkd_ray: end\ue000"
 # Objects of a JSONL file that may come before the first one with gold.
 _OBJECTS_WITHOUT_GOLD = 100_000
 
@@ -64,7 +61,8 @@ class SourceRow:
 class _File:
     filesystem: pyarrow.fs.FileSystem
     path: str
-    size_bytes: int
+    size_bytes: int | None
+    """None of a link to nothing."""
     mtime_ns: int
 
     @property
@@ -101,7 +99,7 @@ def size_bytes(config: CorpusSection) -> int:
     """Return the size of the source on disk in bytes."""
     if config.source in embedded.CORPORA:
         return embedded.locate(embedded.CORPORA[config.source]).stat().st_size
-    return sum(file.size_bytes for file in _files(config))
+    return sum(file.size_bytes or 0 for file in _files(config))
 
 
 def read(config: CorpusSection, examples_source: str | None = None) -> Iterator[SourceRow]:
@@ -158,6 +156,7 @@ def _files(config: CorpusSection, examples_source: str | None = None) -> list[_F
         if info.type == pyarrow.fs.FileType.Directory:
             selector = pyarrow.fs.FileSelector(path, recursive=True)
             infos = [found for found in filesystem.get_file_info(selector) if found.is_file]
+            infos += _links_to_nothing(filesystem, path)
         else:
             infos = [info]
     except Exception as error:  # noqa: BLE001 - file systems of others raise what they like
@@ -170,14 +169,17 @@ def _files(config: CorpusSection, examples_source: str | None = None) -> list[_F
         )
     infos.sort(key=lambda found: found.path)
     files = [
-        _File(filesystem, found.path, found.size, found.mtime_ns or 0)
+        _File(filesystem, found.path, found.size if found.is_file else None, found.mtime_ns or 0)
         for found in infos
-        if _suffix(found.path) in _FORMATS
+        if _suffix(found.path) in _FORMATS and (found is info or not _is_hidden(found.path, path))
     ]
+    taken = {file.path for file in files}
+    # Nobody asks about a hidden file, unless it could have been read.
     others = [
         found.base_name
         for found in infos
-        if _suffix(found.path) not in _FORMATS and not found.base_name.startswith((".", "_"))
+        if found.path not in taken
+        and (_suffix(found.path) in _FORMATS or not _is_hidden(found.path, path))
     ]
     if files and others:
         _tell_left_out(setting, source, len(others), others[0])
@@ -192,9 +194,23 @@ def _files(config: CorpusSection, examples_source: str | None = None) -> list[_F
 def _tell_left_out(setting: str, source: str, files: int, first: str) -> None:
     ends = ", ".join(_FORMATS)
     _log.warning(
-        "%s = %r: left out %d files that do not end in %s: %s%s",
+        "%s = %r: left out %d files that are hidden or do not end in %s: %s%s",
         *(setting, source, files, ends, first, " and others" if files > 1 else ""),
     )
+
+
+def _links_to_nothing(filesystem: pyarrow.fs.FileSystem, folder: str) -> list[pyarrow.fs.FileInfo]:
+    """List the links of a local folder that Arrow passes over, to be told when they are read."""
+    if not isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+        return []
+    links = [str(path) for path in Path(folder).rglob("*") if not path.exists()]
+    found: list[pyarrow.fs.FileInfo] = filesystem.get_file_info(links) if links else []
+    return found
+
+
+def _is_hidden(path: str, folder: str) -> bool:
+    """Return whether a file, or a folder on the way to it, is one that tools hide their own in."""
+    return any(part.startswith((".", "_")) for part in path[len(folder) :].split("/"))
 
 
 def _suffix(path: str) -> str:
@@ -220,6 +236,8 @@ def _read_trec(path: Path) -> Iterator[SourceRow]:
 
 def _read_file(file: _File, text: str, gold: str | None) -> Iterator[SourceRow]:
     """Yield the rows of a file; whatever is wrong with it as a whole is a CorpusError."""
+    if file.size_bytes is None:
+        raise CorpusError(f"{file.path}: a link to a file that is not there")
     if file.size_bytes == 0:
         raise CorpusError(f"{file.path}: the file is empty")
     suffix = _suffix(file.path)
@@ -313,21 +331,36 @@ def _rows_of(file: _File, lines: IO[str]) -> Iterator[list[str]]:
     """Yield the rows of a CSV file but for blank ones.
 
     Raises:
-        CorpusError: A quote is never closed: all rows behind it would be the text of one.
+        CorpusError: A quote is not closed where its row should end: rows behind it would be lost in
+            its text.
     """
-    reader = csv.reader(itertools.chain(_lines(lines), [_END]))
-    line = 1
-    for row in reader:
-        if row == [_END]:
+    newest = ""
+
+    def each() -> Iterator[str]:
+        nonlocal newest
+        for line in _lines(lines):
+            newest = line
+            yield line
+
+    reader = csv.reader(each(), strict=True)
+    while True:
+        begins = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
             return
-        if row and row[-1].endswith(_END):
-            raise CorpusError(
-                f"{file.path}: a quote is opened in line {line} and never closed, so that all rows "
-                "behind it would be one text; close it, or double it where it is a sign"
-            )
+        except csv.Error as error:
+            if "larger than" in str(error):
+                raise
+            if reader.line_num > begins or "end of data" in str(error):
+                raise CorpusError(
+                    f"{file.path}: a quote is opened in line {begins} and not closed where its row "
+                    "ends, so that rows behind it would be part of its text; close it, or double "
+                    "it where it is a sign"
+                ) from None
+            [row] = csv.reader([newest])  # Signs behind a closed quote are taken as they stand.
         if row:
             yield row
-        line = reader.line_num + 1
 
 
 def _read_jsonl(file: _File, text: str, gold: str | None) -> Iterator[SourceRow]:

@@ -1,5 +1,6 @@
 """How a run stands: what of an experiment is made, what is being made, what belongs to others."""
 
+import contextlib
 import re
 import shutil
 import time
@@ -72,7 +73,9 @@ def leftovers(lineage: Lineage) -> list[Leftover]:
     """
     named = _named(lineage)
     found = []
-    for name in storage.names(lineage.run):
+    # What a node is making of a run in a store stands in its own mirror alone.
+    mirrored = [path.name for path in lineage.run.iterdir()] if lineage.run.is_dir() else []
+    for name in {*storage.names(lineage.run), *mirrored}:
         path = lineage.run / name
         match = _FOLDER.fullmatch(name)
         if match is None or path in named or not _is_there(path):
@@ -89,7 +92,7 @@ def leftovers(lineage: Lineage) -> list[Leftover]:
 
 def _perhaps(leftover: Leftover) -> bool:
     """Return whether a job of another node may be at work in a store, where no lock tells."""
-    return storage.in_store(leftover.path) and leftover.age_s < _AT_WORK_S
+    return bool(storage.files(leftover.path)) and leftover.age_s < _AT_WORK_S
 
 
 def _named(lineage: Lineage) -> set[Path]:
@@ -97,7 +100,7 @@ def _named(lineage: Lineage) -> set[Path]:
     variants = [variant.rows for variant in variants_of(lineage.experiment)]
     artifacts = list(lineage.artifacts)
     for one in variants:
-        artifacts += (one.corpus, one.readouts, one.labels, one.guided, one.labelled)
+        artifacts += one.artifacts
     ledgers = {one.ledger for one in (lineage, *variants)}
     return ledgers | {path for item in artifacts for path in (item.path, item.making)}
 
@@ -147,4 +150,10 @@ def _written(folder: Path) -> float:
     if stored:
         return stored.get(MANIFEST) or max(stored.values())
     manifest = folder / MANIFEST
-    return (manifest if manifest.is_file() else folder).stat().st_mtime
+    if manifest.is_file():
+        return manifest.stat().st_mtime
+    times = [folder.stat().st_mtime]
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return max(times)

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -146,3 +147,27 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     write_text(path, "new")
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_half_a_copy_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    copied = artifact(tmp_path, a=1)
+    copied.path.mkdir(parents=True)
+    (copied.path / "part").write_text("of a copy that was broken off")
+    assert not copied.made
+    with make(copied) as draft:
+        (draft.folder / "whole").write_text("whole")
+        draft.rows = Rows(taken=0, kept=0, rejected=0)
+    assert copied.made
+    assert not (copied.path / "part").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_what_is_made_once_is_found_where_nothing_can_be_written(tmp_path: Path) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
+        folder.chmod(0o755)
+    (tmp_path / "made").mkdir()
+    program = (
+        "import os, pathlib; from llkd_ray.artifacts import make_once; os.seteuid(65534);"
+        f"make_once(pathlib.Path({str(tmp_path / 'made')!r}), print)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

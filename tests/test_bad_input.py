@@ -11,6 +11,7 @@ import pytest
 from test_corpus import config, prepared, write_parquet
 
 from llkd_ray import corpus, sources
+from llkd_ray.corpus import _Aside
 from llkd_ray.errors import CorpusError, TooManyRejectedError
 
 NO_SPLIT = {"validation_fraction": 0.0, "test_fraction": 0.0}
@@ -253,10 +254,55 @@ def test_a_quote_left_open_loses_no_row_without_a_word(
 ) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("\n".join([header, row, row, opening, *[row] * 2000]) + end)
-    with pytest.raises(CorpusError, match=r"rows\.csv: a quote is opened in line 4 and never"):
+    told = r"rows\.csv: a quote is opened in line 4 and not closed"
+    with pytest.raises(CorpusError, match=told):
+        list(sources.read(config(path)))
+    # A later row whose quotes are in order closes it, and opens another one.
+    for later in ('"text, quoted",1', '1,"text, quoted"'):
+        path.write_text("\n".join([header, row, row, opening, *[row] * 9, later, row]) + end)
+        with pytest.raises(CorpusError, match=told):
+            list(sources.read(config(path)))
+    path.write_text("\n".join([header, row, row, opening]) + end)
+    with pytest.raises(CorpusError, match=told):
         list(sources.read(config(path)))
     path.write_text("\n".join([header, row, opening + '"', *[row] * 2000]) + end)
     assert len(list(sources.read(config(path)))) == 2002
+
+
+def test_signs_behind_a_closed_quote_stay_part_of_its_text(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('text,y\n"He" said so,1\n"two\nlines",2\n"a ""b""",3\n')
+    rows = list(sources.read(config(tmp_path / "rows.csv", gold_column="y")))
+    assert [row.text for row in rows] == ["He said so", "two\nlines", 'a "b"']
+    assert [row.gold for row in rows] == ["1", "2", "3"]
+
+
+def test_hidden_files_are_not_read_and_links_to_nothing_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "_rows"  # The source itself may be called so.
+    for name in (".ipynb_checkpoints", "_temporary"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "rows-old.csv").write_text("text\nold\n")
+    (folder / "._rows.csv").write_text("text\nold\n")
+    (folder / "rows.csv").write_text("text\nnew\n")
+    assert [row.text for row in sources.read(config(folder))] == ["new"]
+    assert "left out 3 files that are hidden or do not end in" in caplog.text
+    (folder / "more.csv").symlink_to(tmp_path / "gone.csv")
+    with pytest.raises(CorpusError, match=r"more\.csv: a link to a file that is not there"):
+        list(sources.read(config(folder)))
+    rows = list(sources.read(config(folder, skip_unreadable_files=True)))
+    assert len(rows) == 2
+    assert len(sources.identity(config(folder), tmp_path / "cache")) == 2
+
+
+def test_reasons_without_end_are_counted_in_bounded_memory(tmp_path: Path) -> None:
+    aside = _Aside(tmp_path / "rejected.parquet")
+    for number in range(5000):
+        aside.add("where", f"gold value {number} is not among task.labels", "text")
+    aside.close()
+    assert len(aside._reasons) <= 1001
+    assert aside._reasons.total() == aside.rows == 5000
+    assert aside.commonest().startswith("for other reasons (4000)")
 
 
 def test_a_quote_left_open_is_told_before_the_end_of_a_large_file(

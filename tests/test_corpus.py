@@ -172,7 +172,7 @@ def test_a_folder_is_read_file_by_file_and_by_uri(
         assert [row.text for row in sources.read(config(source))] == ["a", "b", "c"]
         [told] = [one.getMessage() for one in caplog.records if source in one.getMessage()]
         assert told.endswith(
-            "left out 1 files that do not end in .parquet, .csv, .jsonl: notes.txt"
+            "left out 1 files that are hidden or do not end in .parquet, .csv, .jsonl: notes.txt"
         )
 
 

@@ -145,6 +145,19 @@ def test_every_setting_of_a_rule_makes_another_student(rule: str) -> None:
     assert {path for path, nouns in decided.items() if "student" not in nouns} == set()
 
 
+def test_an_encoder_that_is_trained_further_chooses_other_examples(tmp_path: Path) -> None:
+    (tmp_path / "encoder").mkdir()
+    weights = tmp_path / "encoder/model.safetensors"
+    ledgers = set()
+    for held in ("first", "second"):
+        weights.write_text(held)
+        for kind in ("nearest", "fixed"):
+            shots = (f"teacher.shots.kind={kind}", f"teacher.shots.encoder={weights.parent}")
+            settings = (*shots, f"cache={tmp_path}", "task.examples_source=trec")
+            ledgers.add((kind, Lineage(load_experiment(QUICKSTART, settings)).ledger))
+    assert sorted(kind for kind, _ in ledgers) == ["fixed", "nearest", "nearest"]
+
+
 def test_what_only_later_stages_read_asks_the_teacher_nothing() -> None:
     asks = {path.split(".")[0] for path, nouns in nouns_of(*STACKED).items() if "ledger" in nouns}
     assert asks == {"task", "teacher"}

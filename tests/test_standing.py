@@ -1,6 +1,7 @@
 """How a run stands, what is left over in it, and what its journal tells; artifacts made by hand."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,26 @@ def test_nothing_is_left_over_while_a_job_with_other_settings_is_at_work(run: Ru
             leftovers(run.lineage)
         draft.rows = Rows(taken=0, kept=0, rejected=0)
     assert [leftover.path for leftover in leftovers(run.lineage)] == [other.path]
+
+
+def test_what_was_written_to_deep_within_was_written_to_lately(run: Run) -> None:
+    unfinished = with_settings(run, "corpus.shard_rows=7").corpus.making
+    (unfinished / "ray_train").mkdir(parents=True)
+    (unfinished / "ray_train/checkpoint").write_text("new")
+    for path in (unfinished, unfinished / "ray_train"):
+        os.utime(path, (0, 0))
+    [leftover] = leftovers(run.lineage)
+    assert leftover.age_s < 600
+
+
+def test_rows_written_for_a_compared_variant_are_not_left_over(run: Run) -> None:
+    more = ("train.lessons=true", "guide.samples=512")
+    other = with_settings(run, *more)
+    fill(other.seed)
+    fill(other.lessons(1))
+    compares = f"compare.variants.more={json.dumps(more)}"
+    assert leftovers(with_settings(run, compares)) == []
+    assert [leftover.path for leftover in leftovers(run.lineage)] == [other.lessons(1).path]
 
 
 def test_cleaning_lists_first_and_removes_when_told(run: Run) -> None:

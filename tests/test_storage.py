@@ -21,7 +21,7 @@ from llkd_ray import storage
 from llkd_ray.artifacts import MANIFEST, Artifact, Rows, hand_over, make
 from llkd_ray.config import load_experiment
 from llkd_ray.corpus import read_shards
-from llkd_ray.errors import ConfigError, StorageError
+from llkd_ray.errors import ArtifactError, ConfigError, StorageError
 from llkd_ray.standing import leftovers, remove, standings
 from llkd_ray.teacher.answers import CONTENT_FREE
 from llkd_ray.teacher.ledger import Ledger, range_name
@@ -129,6 +129,11 @@ def test_a_folder_is_a_folder(tmp_path: Path) -> None:
     assert storage.here(tmp_path) == tmp_path
 
 
+def test_a_sign_in_a_key_is_no_secret() -> None:
+    source = "s3://bucket/data@v2/x.parquet"
+    assert load_experiment(QUICKSTART, [f"corpus.source={source}"]).corpus.source == source
+
+
 def test_a_path_of_a_mirror_says_what_it_stands_for(tmp_path: Path) -> None:
     folder = storage.folder_of("gs://bucket/runs/", str(tmp_path))
     assert folder.is_relative_to(tmp_path)
@@ -142,6 +147,7 @@ def test_a_path_of_a_mirror_says_what_it_stands_for(tmp_path: Path) -> None:
     [
         ("runs=s3://key:hush/hush@bucket/runs", "AWS_SECRET_ACCESS_KEY"),
         ("runs=s3://hush@bucket/runs", "AWS_SECRET_ACCESS_KEY"),
+        ("corpus.source=S3://key:hush@bucket/x.parquet", "AWS_SECRET_ACCESS_KEY"),
         ("corpus.source=s3://key:hush@bucket/texts", "corpus.source: this URI names credentials"),
         ("runs=s3://bucket/runs?endpoint_override=hush", "AWS_ENDPOINT_URL"),
     ],
@@ -370,6 +376,21 @@ def test_a_run_in_a_store_has_a_standing_and_is_cleaned(runs: str, tmp_path: Pat
     assert leftovers(run.lineage) == []
     assert not other.lineage.corpus.made
     assert run.lineage.corpus.made
+
+
+def test_what_a_job_at_work_in_a_store_needs_is_not_left_over(runs: str, tmp_path: Path) -> None:
+    run, other = (
+        Run((f"runs={runs}", f"cache={tmp_path / 'here'}", *SMALL, *more)).lineage
+        for more in ((), ("corpus.validation_fraction=0.3",))
+    )
+    fill(other.corpus, "rows")
+    with make(other.labels) as draft:
+        with pytest.raises(ArtifactError, match="a job with other settings is at work here"):
+            leftovers(run)
+        draft.rows = Rows(taken=0, kept=0, rejected=0)
+    assert {leftover.path.name for leftover in leftovers(run)} == {
+        *(other.corpus.path.name, other.labels.path.name)
+    }
 
 
 @pytest.mark.slow

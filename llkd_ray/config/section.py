@@ -13,7 +13,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 # A secret may hold slashes, so the whole URI is looked at; an account alone is no secret, but for
 # s3, where it is a key.
-_CREDENTIALS = re.compile(r"([a-z][a-z0-9+.-]*://[^@]*:|s3://)[^@]*@")
+_CREDENTIALS = re.compile(r"[a-z][a-z0-9+.-]*://[^@]*:[^@]*@|s3://[^/@]*@", re.IGNORECASE)
 _SECRET_OPTIONS = re.compile(r"[?&](sig|sas_token|[a-z_]*(secret|key|password))=", re.IGNORECASE)
 
 
