@@ -269,7 +269,7 @@ def write_cascade(draft: Draft) -> None:
     summary = {
         "threshold": 0.4,
         "reached": False,
-        "reason": "cascade.accuracy = 0.9 is not reached: the most accurate threshold",
+        "reason": "cascade.accuracy = 0.9 is not reached: the best threshold",
         "validation": of_split,
         "test": {**of_split, "rows": 30, "teacher_fraction": 0.375},
     }

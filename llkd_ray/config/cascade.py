@@ -10,18 +10,19 @@ class CascadeSection(Section):
     """The student answers; where its confidence is below a threshold, the teacher does.
 
     The threshold comes from what both answer to the validation rows, which the teacher must have
-    labelled (`teacher.splits`), and from one target; without any, the cascade is as accurate as it
-    can be. A teacher that is not measurably better there is asked about nothing.
+    labelled (`teacher.splits`), and from one target; without any, the cascade answers as many
+    texts rightly as it can. A teacher that is not measurably better there is asked about nothing.
     """
 
     accuracy: OpenFraction | None = None
     """Target: be right at least this often, of the texts that get an answer, and send as few as
     possible to the teacher."""
     max_teacher_fraction: Fraction | None = None
-    """Target: send at most this share of the texts to the teacher, and be right as often as
-    possible."""
+    """Target: send at most this share of the texts to the teacher, and answer as many texts rightly
+    as possible."""
     abstain_below: Fraction = 0.0
-    """An answer of less confidence than this, whoever gives it, is withheld: the label is null."""
+    """An answer of less confidence than this, whoever gives it, is withheld: the label is null. The
+    student's stands where it alone is sure enough."""
     teacher_replicas: PositiveInt = 1
     teacher_cpus_per_replica: NonNegativeFloat = 0.0
     """CPUs reserved for a replica of the teacher beside those of the student,

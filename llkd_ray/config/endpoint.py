@@ -64,7 +64,8 @@ class ServeSection(Section):
     answer is 429."""
     deadline_s: PositiveFloat = 60.0
     """A request without an answer by then is dropped, uncomputed if it still waits, and answered
-    504. The header X-Request-Timeout-Seconds sets another deadline for one request."""
+    504. The header X-Request-Timeout-Seconds sets another deadline for one request, of up to
+    999 s."""
     start_timeout_s: PositiveFloat = 600.0
     """The job gives up when the endpoint does not answer by then."""
     access_log: bool = True

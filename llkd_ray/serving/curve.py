@@ -146,13 +146,13 @@ def choose(curve: Curve, target: CascadeSection) -> Choice:
 
 
 def _most(able: Ints, at: int) -> str:
-    """Say why nothing is more accurate than the position chosen."""
+    """Say why nothing is better than the position chosen."""
     if len(able) == 1:
         return (
             "the teacher is not asked, since on no share of the rows that the student is least "
             "sure of is it measurably right more often"
         )
-    return "the student alone is the most accurate" if at == 0 else "the most accurate threshold"
+    return "the student alone is best" if at == 0 else "the best threshold"
 
 
 def _chosen(curve: Curve, at: int, reason: str, *, reached: bool = True) -> Choice:
