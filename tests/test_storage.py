@@ -511,6 +511,8 @@ def test_nodes_that_share_no_disk_label_and_train(
             # Whose vectors the driver makes, and workers find in the store.
             *("student.kind=static", f"student.model={small_encoder}", "student.dimensions=16"),
             "student.max_length=64",
+            # Without gold nothing asks for the trained student but its export.
+            "corpus.validation_fraction=0",
         )
     )
     with two_nodes(s3, cache, tmp_path / "log") as (address, of_node):
