@@ -193,6 +193,8 @@ class Lineage:
             *("shown", "sampling", "checks"),
         )
         settings = {
+            # Format 2: what the student is sure of, but takes for another label, is kept.
+            "format": 2,
             "number": number,
             "asking": fingerprint(self.asking),
             "seed": self.experiment.seed,
@@ -213,7 +215,8 @@ class Lineage:
         return self._artifact(
             "round",
             "guide",
-            {"number": number, **self._training(guide.rule), **goes_on},
+            # Format 2: validation loss is that of before the temperature.
+            {"format": 2, "number": number, **self._training(guide.rule), **goes_on},
             self.seed,
             # Those of the rounds before follow from these.
             *([self.lessons(number)] if number else []),

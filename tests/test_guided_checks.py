@@ -117,7 +117,17 @@ def test_the_teacher_and_the_student_have_their_say():
     assert drop(sample(text, label=0)) == "the teacher reads another label"
     assert drop(sample(text, teacher=np.full(3, np.nan))) == "the teacher reads another label"
     assert drop(sample(text, teacher=UNSURE)) == "the teacher is not sure"
+    assert drop(sample("", finished=False)) == "no end"
     assert drop(sample(text, student=np.array([0.0, 1.0, 0.0]))) == "the student is sure"
+    # Of another label: that is what it has to learn.
+    wrong = checks_of(["Who was the man with the golden gun ?"])
+    assert wrong.reason_against(sample(text, student=np.array([0.0, 0.0, 1.0]))) is None
+    both = checks_of(["Who was the man with the golden gun ?"], student_agrees=True)
+    assert (
+        both.reason_against(sample(text, student=np.array([0.0, 0.4, 0.6])))
+        == "the student reads another label"
+    )
+    assert both.reason_against(sample(text, student=np.array([0.0, 0.6, 0.4]))) is None
     assert drop(sample(text)) is None
     trusting = checks_of(["Who was the man with the golden gun ?"], min_confidence=0.0)
     assert trusting.reason_against(sample(text, label=0)) is None

@@ -33,6 +33,7 @@ from llkd_ray.report.story import tell
 from llkd_ray.serving.targets import application_of
 from llkd_ray.student import train
 from llkd_ray.student.model import load_tokenizer, load_untrained, locate
+from llkd_ray.student.temperature import Temperature, set_temperature
 from llkd_ray.teacher.actor import Opening
 
 SHOWN = Shown(correct=("What is it ?", "Why ?"), wrong=("Is it he ?",), hard=("Who ?", "He ?"))
@@ -97,6 +98,7 @@ def test_a_text_is_taken_out_of_its_json_and_what_is_none_is_no_text(task):
     ):
         assert read(said) == ""
     assert text_in('{"text": "Who ?"}', task, "line") == '{"text": "Who ?"}'
+    assert text_in("Who \ud800was it ?", task, "line") == "Who was it ?"
 
 
 def test_a_line_ends_with_the_line_and_json_by_itself():
@@ -308,7 +310,7 @@ def lay_out_written(lineage: Lineage, rows: list[dict]) -> None:
                 **dict.fromkeys(
                     ("tokens", "prompt_tokens", "cached_tokens", "readout_tokens",
                      "readout_cached_tokens"), 1),
-                "error": None,
+                "error": row.get("error"),
             }
             for at, row in enumerate(of_label)
         ]  # fmt: skip
@@ -320,6 +322,38 @@ def lay_out_written(lineage: Lineage, rows: list[dict]) -> None:
             {"prompt_id": prompt_id, "label": name, "first": 0, "samples": 1, "text": "Question:"}
         )
     pq.write_table(pa.Table.from_pylist(prompts, schema.PROMPTS), making / "prompts.parquet")
+
+
+def test_a_teacher_that_gives_errors_ends_the_round_and_is_asked_again(tmp_path, small_encoder):
+    lineage = prepared(
+        Run((f"runs={tmp_path}", "guide.seed_rows=100", f"student.model={small_encoder}"))
+    )
+    with_untrained_student(lineage)
+    good = rows_of(lineage, "unlabeled")[:40]
+    refused = [
+        row | {"read": row["gold"], "error": "400 Bad Request" if at else None}
+        for at, row in enumerate(good)
+    ]
+    lay_out_written(lineage, refused)
+    with pytest.raises(TeacherError, match=r"39 of 40 texts could not be written.*400 Bad Request"):
+        make_lessons(lineage, 1)
+    assert not lineage.lessons(1).made
+    left = list((lineage.lessons(1).making / "parts").iterdir())
+    errors = [pq.read_table(part).column("error").drop_null() for part in left]
+    assert sum(map(len, errors)) == 0
+
+
+def test_the_loss_of_a_round_is_that_of_before_the_temperature(tmp_path, small_encoder):
+    lineage = prepared(
+        Run((f"runs={tmp_path}", "guide.seed_rows=100", f"student.model={small_encoder}"))
+    )
+    with_untrained_student(lineage)
+    student = lineage.round(0).path / train.MODEL
+    before, _ = report_of(student, lineage.seed.path, lineage.experiment)
+    set_temperature(student, Temperature(0.1, "gold", 20))
+    after, _ = report_of(student, lineage.seed.path, lineage.experiment)
+    assert after.loss == pytest.approx(before.loss, rel=1e-4)
+    assert after.classes == before.classes
 
 
 def test_what_is_written_is_not_asked_for_again_and_every_text_is_kept_or_has_its_reason(

@@ -26,7 +26,7 @@ from llkd_ray.errors import ConfigError
 from llkd_ray.student.checkpoint import STUDENT
 from llkd_ray.student.model import load_student, load_untrained
 from llkd_ray.student.step import learning_rate
-from llkd_ray.student.stopping import best_of, ranked, should_stop
+from llkd_ray.student.stopping import best_of, should_stop
 from llkd_ray.student.temperature import Temperature, set_temperature
 from llkd_ray.student.train import _check_criterion, drop_broken_run
 
@@ -294,14 +294,14 @@ def test_soft_targets_change_the_loss_and_train(tmp_path, work):
     assert soft.epochs[1]["loss"] < soft.epochs[0]["loss"]
 
 
-def test_of_equal_scores_the_first_is_the_best_wherever_it_is_asked():
-    scores = [0.6, 0.7, 0.7, None, 0.7]
-    assert best_of(scores) == 1
+def test_of_equal_scores_the_last_is_the_best_and_patience_counts_from_the_first():
+    scores = [0.6, 0.7, 0.7, None, 0.7, 0.5]
+    assert best_of(scores) == 4
     assert best_of([None] * 3) == 2
-    of_epochs = [ranked(score, epoch) for epoch, score in enumerate(scores, start=1)]
-    assert max((rank, epoch) for epoch, rank in enumerate(of_epochs) if rank is not None)[1] == 1
-    assert ranked(0.7, 10_000) > ranked(0.7 - 1e-7, 1)
-    assert ranked(None, 3) is None
+    assert best_of([0.0, None, 0.0]) == 2
+    epochs = [{"score": score} for score in scores]
+    assert should_stop(epochs, 4)
+    assert not should_stop(epochs, 5)
 
 
 def test_patience_where_nothing_is_scored_is_refused():

@@ -4,7 +4,8 @@ Each DATA is a folder with train.parquet, columns `text` and `label`; its name c
 experiment, jobs/configs/NAME.toml. A student is trained on a small gold seed alone, then, by
 jobs/guide.py, in rounds on what SmolLM2 writes about what it gets wrong; with everything, without
 the validation report in the prompt, without wrong and hard rows in it, without the checks of the
-texts but for length and leaks. Every student takes the same number of steps. All are scored on the
+texts but for length and leaks, and with only those texts in which the student reads the asked label
+as well. Every student takes the same number of steps. All are scored on the
 same gold test rows, beside the teacher, which answers as jobs/label.py has it do.
 
 The seed's rows are the same for every seed number, which is that of training and sampling;
@@ -59,6 +60,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "guide.checks.min_confidence=0",
         "guide.checks.min_uncertainty=0",
     ),
+    "student-agrees": ("guide.checks.student_agrees=true",),
 }
 FIGURES = ("accuracy", "macro_f1")
 

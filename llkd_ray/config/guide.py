@@ -59,7 +59,11 @@ class ChecksSection(Section):
     """The teacher itself, asked for the label of its text, must give the one that it was asked to
     write, with at least this confidence; 0 does not ask for agreement."""
     min_uncertainty: Fraction = 0.05
-    """The student must be at least this uncertain, or there is nothing to learn."""
+    """Where the student gives the label that was asked for, it must be at least this uncertain, or
+    there is nothing to learn."""
+    student_agrees: bool = False
+    """The student must give the label that was asked for, too: for a teacher that is weaker than
+    the student, and is wrong where they differ."""
 
 
 class GuideSection(Section):

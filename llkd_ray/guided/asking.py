@@ -17,18 +17,23 @@ from llkd_ray.guided.seed import SHARD, VALIDATION, read_seed
 from llkd_ray.guided.shown import Answered
 from llkd_ray.selection import Probabilities
 from llkd_ray.student.evaluate import predict
+from llkd_ray.student.temperature import UNCHANGED, as_trained, read_temperature
 
 
 def report_of(
     student: Path, seed: Path, experiment: Experiment, parts: Sequence[str] = (VALIDATION,)
 ) -> tuple[Report, Answered]:
-    """Ask a student about parts of the seed, and judge it."""
+    """Ask a student about parts of the seed, and judge it.
+
+    Its loss is that of before its temperature, which was fitted on rows of this kind.
+    """
     names = experiment.task.label_names
     rows = read_seed(seed, parts, names)
     answers = np.concatenate(
         [probabilities_of(student, seed / part, experiment) for part in parts], dtype=np.float32
     )
-    return report_on(rows.gold, answers, names), Answered(rows.texts, rows.gold, answers)
+    told = as_trained(answers, read_temperature(student) or UNCHANGED)
+    return report_on(rows.gold, told, names), Answered(rows.texts, rows.gold, answers)
 
 
 def probabilities_of(student: Path, split: Path, experiment: Experiment) -> Probabilities:

@@ -57,10 +57,10 @@ class Checks:
     def _of_format(self, sample: Sample) -> str | None:
         if sample.error is not None:
             return sample.error
-        if not sample.text:
-            return "no text"
         if not sample.finished:
             return "no end"
+        if not sample.text:
+            return "no text"
         return None
 
     def _of_teacher(self, sample: Sample) -> str | None:
@@ -74,6 +74,9 @@ class Checks:
         return None
 
     def _of_student(self, sample: Sample) -> str | None:
+        if int(sample.student.argmax()) != sample.label:
+            # However sure it is, it has something to learn, if the teacher is right.
+            return "the student reads another label" if self.section.student_agrees else None
         if uncertainty(sample.student[np.newaxis])[0] < self.section.min_uncertainty:
             return "the student is sure"
         return None

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llkd_ray.metrics import Ints
-from llkd_ray.selection import Probabilities
+from llkd_ray.metrics import Floats, Ints
 
 _LEAST = 1e-12
 
@@ -53,7 +52,7 @@ class Report:
     """Most rows first."""
 
 
-def report_on(gold: Ints, probabilities: Probabilities, label_names: Sequence[str]) -> Report:
+def report_on(gold: Ints, probabilities: Floats, label_names: Sequence[str]) -> Report:
     """Judge a student by gold.
 
     Args:

@@ -51,10 +51,11 @@ def write_lessons(
         which any training can take), README.md (the data card).
 
     Returns:
-        The count, and details: `dropped` by reason, and tokens: written, of prompts, of read-outs.
+        The count, and details: `dropped` by reason, and tokens: written, of prompts and of
+        read-outs, and of both those found in the cache.
 
     Raises:
-        TeacherError: The teacher cannot write.
+        TeacherError: The teacher cannot write, or most of what it was asked for came to nothing.
     """
     task, guide = experiment.task, experiment.guide
     opening = opening_of(experiment, read_seed(sources.seed, [TRAIN], task.label_names))
@@ -82,7 +83,10 @@ def write_lessons(
         "dropped": dict(dropped.most_common()),
         **{
             name: pc.sum(written.column(name)).as_py()
-            for name in ("tokens", "prompt_tokens", "cached_tokens", "readout_tokens")
+            for name in (
+                *("tokens", "prompt_tokens", "cached_tokens"),
+                *("readout_tokens", "readout_cached_tokens"),
+            )
         },
     }
     card = data_card(experiment, number, written=len(reasons), kept=kept, dropped=dropped)

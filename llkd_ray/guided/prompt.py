@@ -79,13 +79,17 @@ def text_in(said: str, task: TaskSection, form: TextForm) -> str:
         form: In which it was to write, `guide.sampling.form`.
     """
     if form == "line":
-        return bare(said, task)
+        return _whole(bare(said, task))
     try:
         text = json.loads(said)[_KEY].strip()
     # No JSON, no object, no such key, no text: an endpoint that does not know the form.
     except (ValueError, TypeError, KeyError, AttributeError):
         return ""
-    # JSON can write half a character, which is in no text.
+    return _whole(text)
+
+
+def _whole(text: str) -> str:
+    """Leave out halves of characters: JSON can write them, an endpoint's answer too."""
     return "".join(sign for sign in text if not "\ud800" <= sign <= "\udfff")
 
 

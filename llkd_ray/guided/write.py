@@ -28,6 +28,9 @@ from llkd_ray.teacher.http import Endpoint
 from llkd_ray.teacher.readouts import actor_resources
 from llkd_ray.teacher.stream import data_context, tables
 
+# A round of the rest would say little, and stay as it is for ever.
+_MOST_ERRORS = 0.5
+
 
 @dataclass(frozen=True)
 class Round:
@@ -65,7 +68,8 @@ def write(
         What was written (schema.written), in the order of the prompts.
 
     Raises:
-        TeacherError: The teacher cannot write at all, or its process died.
+        TeacherError: The teacher cannot write at all, its process died, or more than half of its
+            texts came to nothing; these are asked for again next time.
     """
     folder.mkdir(exist_ok=True)
     ids = prompts.column("prompt_id").to_pylist()
@@ -74,7 +78,19 @@ def write(
         _ask([prompts.slice(at, 1) for at in left], folder.resolve(), opening, sampling, of)
         storage.here(folder)
     columns = schema.written(len(opening.task.labels))
-    return pa.concat_tables([pq.read_table(_part(folder, id_), schema=columns) for id_ in ids])
+    parts = {id_: pq.read_table(_part(folder, id_), schema=columns) for id_ in ids}
+    written = pa.concat_tables(parts.values())
+    errors = written.column("error").drop_null()
+    if len(errors) > len(written) * _MOST_ERRORS:
+        for id_, part in parts.items():
+            if part.column("error").null_count < len(part):
+                storage.remove(_part(folder, id_))
+        [first] = errors.slice(length=1).to_pylist()
+        raise TeacherError(
+            f"{len(errors)} of {len(written)} texts could not be written, the first one since: "
+            f"{first}; mend that and run the same command again, which asks for them anew"
+        )
+    return written
 
 
 def _ask(

@@ -34,7 +34,7 @@ from llkd_ray import storage
 from llkd_ray.config import TrainSection
 from llkd_ray.errors import ClusterError, LLKDError
 from llkd_ray.student.loop import train_worker
-from llkd_ray.student.stopping import SCORE, criterion, ranked
+from llkd_ray.student.stopping import SCORE, criterion
 from llkd_ray.student.worker import Context, Work
 
 _log = logging.getLogger(__name__)
@@ -42,8 +42,6 @@ RUN = "ray_train"
 """Ray Train's own folder, in the artifact while it is made."""
 SIGNALS = "signals"
 """Folder of schema.SIGNALS."""
-# Ray Train keeps the last of the best by this.
-_RANK = "ranked"
 # Ray Train waits a minute for room before each try: ten minutes for a cluster that grows.
 _START_TRIES = 10
 
@@ -86,7 +84,7 @@ def fit(work: Work, out: Path) -> tuple[Path, Path]:
             ),
             # Beside the one to keep, Ray Train always keeps the latest, to resume from.
             checkpoint_config=CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute=_RANK if scored else None
+                num_to_keep=1, checkpoint_score_attribute=SCORE if scored else None
             ),
             callbacks=[_ToDriver(queue)],
             logging_config=LoggingConfig(log_level="ERROR"),
@@ -109,7 +107,7 @@ def fit(work: Work, out: Path) -> tuple[Path, Path]:
     finally:
         pool.shutdown(wait=False)
         queue.shutdown()
-    best = result.get_best_checkpoint(_RANK, "max") if scored else result.checkpoint
+    best = result.get_best_checkpoint(SCORE, "max") if scored else result.checkpoint
     assert best is not None
     assert result.checkpoint is not None
     # Where both are in a store, these are the paths of this node's mirror.
@@ -124,7 +122,7 @@ def _train_on_ray(config: dict[str, Any]) -> None:
 
     def report(row: dict[str, Any] | None, folder: Path, name: str) -> None:
         ray_train.report(
-            {**row, _RANK: ranked(row[SCORE], row["epoch"])} if row else {},
+            row or {},
             checkpoint=Checkpoint.from_directory(str(folder)),
             checkpoint_dir_name=name,
         )

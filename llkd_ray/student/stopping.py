@@ -13,8 +13,6 @@ from llkd_ray.metrics import accuracy, macro_f1
 from llkd_ray.selection import AllReduce, Bools, Ints, Keys, Signals, cuts, hashed
 from llkd_ray.student.batches import Rows
 
-# Less than what one row more changes, however many there are.
-_A_LITTLE = 1e-12
 SCORE = "score"
 """Key of an epoch's row of schema.EPOCHS that the best epoch has most of."""
 
@@ -79,18 +77,11 @@ def criterion(section: StoppingSection, *, has_gold: bool) -> str:
 
 
 def best_of(scores: Sequence[float | None]) -> int:
-    """Return the position of the best score, of equal ones the first; the last without any."""
-    if all(score is None for score in scores):
-        return len(scores) - 1
-    return max(
-        range(len(scores)),
-        key=lambda at: (scores[at] is not None, scores[at] or 0.0, -at),
-    )
+    """Return the position of the best score, of equal ones the last; the last without any.
 
-
-def ranked(score: float | None, epoch: int) -> float | None:
-    """Return an epoch's score, a little less the later it is, for those who keep the last best."""
-    return None if score is None else score - epoch * _A_LITTLE
+    On few rows equal scores are frequent, and the later epoch has learned longer, at a lower rate.
+    """
+    return max(range(len(scores)), key=lambda at: (scores[at] is not None, scores[at] or 0.0, at))
 
 
 def should_stop(epochs: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
@@ -98,4 +89,5 @@ def should_stop(epochs: Sequence[Mapping[str, Any]], patience: int | None) -> bo
     scores = [row[SCORE] for row in epochs]
     if patience is None or all(score is None for score in scores):
         return False
-    return len(scores) - 1 - best_of(scores) >= patience
+    rose = max(range(len(scores)), key=lambda at: (scores[at] is not None, scores[at] or 0.0, -at))
+    return len(scores) - 1 - rose >= patience
