@@ -13,6 +13,12 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
+def softmax(logits: Floats) -> Floats:
+    """Normalise exponentials along the last axis, without overflow; float64."""
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True), dtype=np.float64)
+
+
 def accuracy(gold: Ints, predicted: Ints) -> float:
     """Return the share of rows predicted right; both arrays [N], N at least 1."""
     return float(np.mean(gold == predicted))

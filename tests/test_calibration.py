@@ -4,13 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llkd_ray.metrics import softmax
 from llkd_ray.teacher.calibration import (
     Calibration,
     Floats,
     fit_temperature,
     fit_vector,
     read_calibrations,
-    softmax,
     write_calibrations,
 )
 

@@ -11,7 +11,8 @@ import pytest
 from readouts_data import Made, out_of_order
 
 from llkd_ray import schema
-from llkd_ray.teacher.calibration import Calibration, softmax
+from llkd_ray.metrics import softmax
+from llkd_ray.teacher.calibration import Calibration
 from llkd_ray.teacher.stacking import fit_stacking
 
 BATCH = Calibration((0.3, -0.2, 0.0))

@@ -13,11 +13,12 @@ are those on one core while the others train on the other cores.
 """
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,36 +57,19 @@ VARIANTS = {
 
 
 def measure(
-    folders: list[Path],
-    runs: Path,
-    variants: list[str],
-    seeds: int,
-    *,
-    steps: int,
-    rows: int,
-    training: Sequence[str],
+    folders: list[Path], compare: Callable[[Path], dict[str, dict[str, float]]]
 ) -> dict[str, Any]:
     """Compare the variants on every data set.
 
     Args:
         folders: Of the data sets.
-        runs: Folder of the runs; what is there already is not done again.
-        variants: Rules, and names of VARIANTS.
-        seeds: How many.
-        steps: Of a trial.
-        rows: To label.
-        training: Overrides that all trials share.
+        compare: `compared`, for one of them.
 
     Raises:
         LLKDError: A data set has no experiment or no file, or a job has failed.
     """
     started = time.perf_counter()
-    quality = {
-        folder.name: compared(
-            folder, runs, variants, seeds, steps=steps, rows=rows, training=training
-        )
-        for folder in folders
-    }
+    quality = {folder.name: compare(folder) for folder in folders}
     for data, of_data in quality.items():
         print(
             figures.table(
@@ -102,15 +86,28 @@ def measure(
 
 def compared(
     folder: Path,
+    *,
     runs: Path,
     variants: list[str],
     seeds: int,
-    *,
     steps: int,
     rows: int,
     training: Sequence[str],
 ) -> dict[str, dict[str, float]]:
-    """Label one data set and compare the variants on it, by name."""
+    """Label one data set and compare the variants on it, by name.
+
+    Args:
+        folder: Of the data set.
+        runs: Folder of the runs; what is there already is not done again.
+        variants: Rules, and names of VARIANTS.
+        seeds: How many.
+        steps: Of a trial.
+        rows: To label.
+        training: Overrides that all trials share.
+
+    Raises:
+        LLKDError: It has no experiment or no file, or a job has failed.
+    """
     experiment = JOBS / f"configs/{folder.name}.toml"
     source = folder / "train.parquet"
     if folder.name not in SPLITS:
@@ -185,12 +182,16 @@ def main() -> int:
     if arguments.quick:
         folders, variants, seeds, steps, rows = folders[:1], ["all", "llkd-stacked"], 1, 10, 200
     with tempfile.TemporaryDirectory() as temporary:
-        runs = (arguments.runs or Path(temporary)).resolve()
-        return figures.run(
-            lambda: measure(
-                folders, runs, variants, seeds, steps=steps, rows=rows, training=training
-            )
+        compare = functools.partial(
+            compared,
+            runs=(arguments.runs or Path(temporary)).resolve(),
+            variants=variants,
+            seeds=seeds,
+            steps=steps,
+            rows=rows,
+            training=training,
         )
+        return figures.run(lambda: measure(folders, compare))
 
 
 if __name__ == "__main__":

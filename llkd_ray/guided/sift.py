@@ -20,9 +20,9 @@ from llkd_ray.guided.checks import GENERATED, Checks, Sample
 from llkd_ray.guided.duplicates import Seen
 from llkd_ray.guided.form import Form
 from llkd_ray.guided.seed import SHARD, TRAIN, VALIDATION, read_seed, write_labelled
-from llkd_ray.metrics import Floats, Ints
+from llkd_ray.metrics import Floats, Ints, softmax
 from llkd_ray.selection import uncertainty
-from llkd_ray.teacher.calibration import Calibration, softmax
+from llkd_ray.teacher.calibration import Calibration
 
 SAMPLES = "samples.parquet"
 

@@ -260,9 +260,7 @@ def running(
     try:
         yield url
     finally:
-        owner = _internal_kv_get(_OWNER)
-        if owner == me or APP not in serve.status().applications:
-            _take_down(joins=joins)
+        _take_down(joins=joins, owner=me)
 
 
 def _compare_with_running(config: ServeSection) -> None:
@@ -307,14 +305,16 @@ def _wait_until_running(url: str, timeout_s: float) -> None:
     )
 
 
-def _take_down(*, joins: bool) -> None:
-    """Delete the application, and Serve if it is ours.
+def _take_down(*, joins: bool, owner: bytes | None = None) -> None:
+    """Delete the application, and Serve if it is ours; nothing if it has another owner by now.
 
     The application goes first: its replicas answer what they hold, while shutting Serve down would
     end the proxies, which hold the clients' connections, at once.
     """
     with contextlib.suppress(ray.exceptions.RayActorError, TimeoutError):
         if APP in serve.status().applications:
+            if owner is not None and owner != _internal_kv_get(_OWNER):
+                return
             serve.delete(APP)
     if not joins:
         _shut_serve_down()

@@ -13,6 +13,7 @@ import torch
 from google.protobuf.message import DecodeError, Message
 
 from llkd_ray.errors import StudentError
+from llkd_ray.metrics import softmax
 from llkd_ray.selection import Ints
 from llkd_ray.student.batches import Tokens, pad
 from llkd_ray.student.model import load_student
@@ -117,9 +118,7 @@ def probabilities(
     logits = np.empty((len(tokens), parts[0][1].shape[1]), dtype=np.float64)
     for chosen, part in parts:
         logits[chosen] = part
-    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares: Floats = exponents / exponents.sum(axis=1, keepdims=True)
-    return shares
+    return softmax(logits)
 
 
 def cut_passes(lengths: Ints, max_texts: int, max_tokens: int) -> Iterator[Ints]:

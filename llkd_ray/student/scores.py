@@ -26,6 +26,7 @@ from llkd_ray.metrics import (
     expected_calibration_error,
     macro_f1,
     reflected,
+    softmax,
 )
 from llkd_ray.selection import Probabilities
 from llkd_ray.student.evaluate import predict
@@ -33,7 +34,7 @@ from llkd_ray.student.temperature import UNCHANGED, Temperature, as_trained, rea
 
 TEACHER, UNCALIBRATED = "teacher", "teacher_uncalibrated"
 _READ_ROWS = 4096
-_Answers = Iterator[tuple[list[str], Probabilities]]
+_Answers = Iterator[tuple[list[str], Probabilities | Floats]]
 
 
 @dataclass(frozen=True)
@@ -189,14 +190,8 @@ def _teacher(test: Path, column: str) -> _Answers:
                 values = flat.reshape(len(batch), -1)
                 yield (
                     batch.column("row_id").to_pylist(),
-                    _softmax(values) if column == "logprobs" else values,
+                    softmax(values) if column == "logprobs" else values,
                 )
-
-
-def _softmax(logprobs: Probabilities) -> Probabilities:
-    scaled = np.exp(logprobs - logprobs.max(axis=1, keepdims=True))
-    probabilities: Probabilities = scaled / scaled.sum(axis=1, keepdims=True)
-    return probabilities
 
 
 def _collect(

@@ -89,5 +89,5 @@ def should_stop(epochs: Sequence[Mapping[str, Any]], patience: int | None) -> bo
     scores = [row[SCORE] for row in epochs]
     if patience is None or all(score is None for score in scores):
         return False
-    rose = max(range(len(scores)), key=lambda at: (scores[at] is not None, scores[at] or 0.0, -at))
+    rose = scores.index(scores[best_of(scores)])
     return len(scores) - 1 - rose >= patience

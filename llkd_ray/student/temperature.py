@@ -23,13 +23,13 @@ from torch import nn
 from transformers.utils import logging
 
 from llkd_ray.corpus import read_shards
-from llkd_ray.metrics import Floats
+from llkd_ray.metrics import Floats, softmax
 from llkd_ray.selection import Probabilities
 from llkd_ray.student.batches import split_ids, tokenize
 from llkd_ray.student.evaluate import class_probabilities
 from llkd_ray.student.model import TEMPERATURE, load_student
 from llkd_ray.student.stopping import held_out
-from llkd_ray.teacher.calibration import fit_temperature, softmax
+from llkd_ray.teacher.calibration import fit_temperature
 
 # One number needs no more rows, and rows of a split come in the order of a hash.
 _MOST_ROWS = 5_000

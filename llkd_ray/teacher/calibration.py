@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llkd_ray.artifacts import write_text
+from llkd_ray.metrics import softmax
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -143,12 +144,6 @@ def fit_vector(logits: Floats, gold: Ints) -> tuple[float, Floats]:
             break
         parameters = moved
     return float(parameters[0]), parameters[1:]
-
-
-def softmax(logits: Floats) -> Floats:
-    """Normalise exponentials along the last axis, without overflow."""
-    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True), dtype=np.float64)
 
 
 def write_calibrations(path: Path, fitted: Mapping[str, Calibration]) -> None:

@@ -31,7 +31,6 @@ from llkd_ray.teacher.calibration import (
     Ints,
     fit_temperature,
     fit_vector,
-    softmax,
     write_calibrations,
 )
 from llkd_ray.teacher.embedding import Encoder
@@ -173,7 +172,7 @@ def _fit(kind: str, unlabeled: Tally, readouts: Path, known: "_Known") -> dict[s
     if content_free.is_file():
         told = usable.read_answers(content_free, min_label_mass=0.0).logprobs
         if len(told):
-            fitted["contextual"] = Calibration.dividing_by(softmax(told).mean(axis=0))
+            fitted["contextual"] = Calibration.dividing_by(metrics.softmax(told).mean(axis=0))
     if unlabeled.kept:
         batch = Calibration.dividing_by(unlabeled.probabilities / unlabeled.kept)
         fitted["batch"] = batch

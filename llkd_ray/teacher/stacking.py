@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llkd_ray.teacher.calibration import LEAST_LOGIT, Calibration, Floats, Ints, softmax
+from llkd_ray.metrics import softmax
+from llkd_ray.teacher.calibration import LEAST_LOGIT, Calibration, Floats, Ints
 from llkd_ray.teacher.embedding import Floats as Embeddings
 
 # How strongly the weights are held towards zero, in rows; without end, the teacher speaks alone.

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from llkd_ray import schema, storage
 from llkd_ray.corpus import read_shards
 from llkd_ray.errors import TeacherError, TooManyRejectedError
-from llkd_ray.teacher.calibration import Floats, softmax
+from llkd_ray.metrics import softmax
+from llkd_ray.teacher.calibration import Floats
 
 _REASONS_KEPT = 10
 _REASONS_TOLD = 3
