@@ -48,12 +48,16 @@ def test_each_criterion_chooses_its_own_epoch():
     by = {line.criterion: line for line in table(all=[one])}
     assert {name: line.epoch for name, line in by.items()} == {"gold": 3, "teacher": 1, "last": 3}
     assert by["gold"].accuracy == pytest.approx(0.8)
+    assert {name: line.validation_macro_f1 for name, line in by.items()} == pytest.approx(
+        {"gold": 0.3, "teacher": 0.1, "last": 0.3}
+    )
     assert by["teacher"].accuracy == pytest.approx(0.7)
     assert by["last"].best_macro_f1 == pytest.approx(macro_f1(GOLD, one.predicted[1], 3))
     assert by["last"].rows_used_fraction == pytest.approx(0.3)
     assert by["last"].row_steps == 90
     assert by["last"].steps == 12
-    assert [line.criterion for line in table(all=[trial(1, 2)])] == ["last"]
+    [line] = table(all=[trial(1, 2)])
+    assert (line.criterion, line.validation_macro_f1) == ("last", None)
 
 
 def test_differences_are_paired_over_rows_and_averaged_over_seeds():
@@ -80,6 +84,9 @@ def test_the_table_has_the_best_first_within_each_criterion():
     names = [line.split()[0] for line in text.splitlines()]
     assert names == ["rule", "(teacher)", "llkd", "all"]
     assert "0.900     0.900" in text
+    assert "0.900     0.900     0.700" in as_text(
+        table(llkd=[trial(30, validation=[0.7])]), {"accuracy": 0.5, "macro_f1": 0.25}
+    )
     assert "±" not in text  # One seed says nothing of a standard deviation.
     assert "0.850 ±0.071" in as_text(
         table(llkd=[trial(30), trial(60)]), {"accuracy": 0.5, "macro_f1": 0.25}

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "jobs/benchmarks"))
 
+import llkd_tuning
 import student_quality
 
 from llkd_ray.config import RULES, load_experiment, with_overrides
@@ -25,6 +26,18 @@ def test_every_variant_is_an_experiment_of_every_data_set() -> None:
     assert not set(RULES) & set(student_quality.VARIANTS)
 
 
+def test_every_tuned_setting_is_another_experiment() -> None:
+    experiment = load_experiment(
+        ROOT / "jobs/configs/trec6.toml",
+        ["selection.rule=llkd", 'teacher.splits=["unlabeled","validation","test"]'],
+    )
+    found = [
+        with_overrides(experiment, settings).model_dump_json()
+        for settings in llkd_tuning.VARIANTS.values()
+    ]
+    assert len(set(found)) == len(found)
+
+
 def test_at_most_a_quarter_of_eight_epochs_is_compared() -> None:
     of_eight_epochs = 8 * student_quality.LABELLED_ROWS / 32
     assert of_eight_epochs == student_quality.ALL_STEPS
@@ -37,7 +50,8 @@ def test_lines_are_those_of_the_last_epochs_after_the_teachers() -> None:
         "criterion": "last",
         "accuracy": 0.8,
         "macro_f1": 0.7,
-        "macro_f1_sd": 0.01,
+        "macro_f1_sd": None,
+        "validation_macro_f1": 0.75,
         "row_steps": 3586.0,
         "steps": 113.0,
         "seconds": 60.0,
@@ -50,6 +64,8 @@ def test_lines_are_those_of_the_last_epochs_after_the_teachers() -> None:
     lines = student_quality.lines_of(table)
     assert list(lines) == ["teacher", "llkd"]
     assert lines["llkd"]["accuracy"] == 0.8
+    assert lines["llkd"]["validation"] == 0.75
+    assert "macro_f1_sd" not in lines["llkd"]  # Of one seed there is none.
     assert (lines["llkd"]["over_all"], lines["llkd"]["over_all_low"]) == (0.02, -0.01)
 
 

@@ -18,7 +18,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def compared(
     folder: Path,
     *,
     runs: Path,
-    variants: list[str],
+    variants: Mapping[str, Sequence[str]],
     seeds: int,
     steps: int,
     rows: int,
@@ -99,7 +99,7 @@ def compared(
     Args:
         folder: Of the data set.
         runs: Folder of the runs; what is there already is not done again.
-        variants: Rules, and names of VARIANTS.
+        variants: Names, each a rule or with the overrides that it stands for.
         seeds: How many.
         steps: Of a trial.
         rows: To label.
@@ -124,27 +124,32 @@ def compared(
         f"teacher.max_unlabeled_rows={rows}",
         'teacher.splits=["unlabeled","validation","test"]',
     ]
-    own = [name for name in variants if name in RULES]
-    others = {name: VARIANTS[name] for name in variants if name not in RULES}
     figures.job("prepare", experiment, overrides)
     # Each way to calibrate, and each number of rows, is a labels artifact; one ledger is behind.
     figures.job("label", experiment, overrides)
-    for of_labels in sorted({settings[1] for settings in others.values()}):
-        if not of_labels.startswith("train."):
+    settings = {setting for of_variant in variants.values() for setting in of_variant}
+    for of_labels in sorted(settings):
+        if of_labels.startswith(("calibration.", "teacher.")):
             figures.job("label", experiment, [*overrides, of_labels])
     overrides += [
         *training,
         f"train.steps={steps}",
         f"compare.seeds={json.dumps(list(range(seeds)))}",
-        f"compare.rules={json.dumps(own)}",
+        f"compare.rules={json.dumps([name for name in variants if name in RULES])}",
         *(
-            f"compare.variants.{name}={json.dumps(settings)}"
-            for name, settings in others.items()
+            f"compare.variants.{name}={json.dumps(of_variant)}"
+            for name, of_variant in variants.items()
+            if name not in RULES
         ),
     ]  # fmt: skip
     figures.job("compare", experiment, overrides)
     made = Lineage(load_experiment(experiment, overrides)).comparison
     return lines_of(json.loads((made.path / "table.json").read_text(encoding="utf-8")))
+
+
+def training(*, float32: bool) -> tuple[str, ...]:
+    """Return the overrides that all trials share."""
+    return (*TRAINING, f"train.bf16={'false' if float32 else 'true'}")
 
 
 def lines_of(table: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -155,12 +160,14 @@ def lines_of(table: dict[str, Any]) -> dict[str, dict[str, float]]:
             over = line["over"].get("all", {})
             lines[line["variant"]] = {
                 **{key: line[key] for key in ("accuracy", "macro_f1", "macro_f1_sd")},
+                "validation": line["validation_macro_f1"],
                 **({"over_all": over["value"]} if over else {}),
                 **{f"over_all_{end}": over[end] for end in ("low", "high") if over},
                 **{key: line[key] for key in ("row_steps", "steps", "seconds")},
             }
     return {
-        name: {key: round(value, 4) for key, value in line.items()} for name, line in lines.items()
+        name: {key: round(value, 4) for key, value in line.items() if value is not None}
+        for name, line in lines.items()
     }
 
 
@@ -178,18 +185,17 @@ def main() -> int:
     arguments = parser.parse_args()
     folders = [folder.resolve() for folder in arguments.data]
     variants, seeds, steps, rows = arguments.variants, arguments.seeds, STEPS, LABELLED_ROWS
-    training = (*TRAINING, f"train.bf16={'false' if arguments.float32 else 'true'}")
     if arguments.quick:
         folders, variants, seeds, steps, rows = folders[:1], ["all", "llkd-stacked"], 1, 10, 200
     with tempfile.TemporaryDirectory() as temporary:
         compare = functools.partial(
             compared,
             runs=(arguments.runs or Path(temporary)).resolve(),
-            variants=variants,
+            variants={name: VARIANTS.get(name, ()) for name in variants},
             seeds=seeds,
             steps=steps,
             rows=rows,
-            training=training,
+            training=training(float32=arguments.float32),
         )
         return figures.run(lambda: measure(folders, compare))
 

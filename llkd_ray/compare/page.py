@@ -9,6 +9,7 @@ _HEADER = (
     "chosen by",
     "accuracy",
     "macro-F1",
+    "validation",
     "over all",
     "over random",
     "best epoch's",
@@ -29,13 +30,14 @@ def as_text(lines: Sequence[Line], teacher: Mapping[str, float]) -> str:
     ranked = sorted(lines, key=lambda line: (criteria.index(line.criterion), -line.macro_f1))
     cells = [
         list(_HEADER),
-        ["(teacher)", "", f"{teacher['accuracy']:.3f}", f"{teacher['macro_f1']:.3f}", *[""] * 6],
+        ["(teacher)", "", f"{teacher['accuracy']:.3f}", f"{teacher['macro_f1']:.3f}", *[""] * 7],
         *(
             [
                 line.variant,
                 line.criterion,
                 _mean(line.accuracy, line.accuracy_sd),
                 _mean(line.macro_f1, line.macro_f1_sd),
+                "" if line.validation_macro_f1 is None else f"{line.validation_macro_f1:.3f}",
                 _interval(line.over.get("all")),
                 _interval(line.over.get("random")),
                 f"{line.best_macro_f1:.3f}",

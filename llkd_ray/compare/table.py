@@ -12,7 +12,8 @@ from llkd_ray.compare.trial import Trial
 from llkd_ray.metrics import Floats, Ints, accuracy, macro_f1
 from llkd_ray.student.stopping import best_of
 
-CRITERIA = {"gold": "validation_macro_f1", "teacher": "held_out_macro_f1", "last": None}
+VALIDATION = "validation_macro_f1"
+CRITERIA = {"gold": VALIDATION, "teacher": "held_out_macro_f1", "last": None}
 """How the epoch can be chosen: the column of schema.EPOCHS that the chosen one has most of."""
 
 
@@ -37,6 +38,9 @@ class Line:
     """Sample standard deviation over the seeds; None of a single one."""
     macro_f1: float
     macro_f1_sd: float | None
+    validation_macro_f1: float | None
+    """On the gold validation rows, after the chosen epochs: what settings may be chosen by; None
+    without such gold."""
     best_macro_f1: float
     """Of the epoch that is best on the test rows: a perfect criterion would find it; no result."""
     epoch: float
@@ -145,6 +149,7 @@ def _line(
         accuracy_sd=_sd(accuracies),
         macro_f1=float(np.mean(f1)),
         macro_f1_sd=_sd(f1),
+        validation_macro_f1=_validation(trials, epochs),
         best_macro_f1=float(np.mean(best)),
         epoch=float(np.mean(epochs)) + 1,
         row_steps=float(np.mean(row_steps)),
@@ -153,6 +158,11 @@ def _line(
         seconds=float(np.mean([trial.seconds for trial in trials])),
         over=over,
     )
+
+
+def _validation(trials: Sequence[Trial], epochs: Sequence[int]) -> float | None:
+    scores = [trial.epochs[at][VALIDATION] for trial, at in zip(trials, epochs, strict=True)]
+    return None if None in scores else float(np.mean(scores))
 
 
 def _sd(values: Sequence[float]) -> float | None:
