@@ -1,5 +1,6 @@
 """What the comparison of rules over data sets asks for, and how it reads a comparison."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ sys.path.insert(0, str(ROOT / "jobs/benchmarks"))
 import llkd_tuning
 import student_quality
 
+from llkd_ray.compare.variants import variants_of
 from llkd_ray.config import RULES, load_experiment, with_overrides
 
 
@@ -31,11 +33,17 @@ def test_every_tuned_setting_is_another_experiment() -> None:
         ROOT / "jobs/configs/trec6.toml",
         ["selection.rule=llkd", 'teacher.splits=["unlabeled","validation","test"]'],
     )
-    found = [
-        with_overrides(experiment, settings).model_dump_json()
-        for settings in llkd_tuning.VARIANTS.values()
+    overrides = [
+        f"compare.variants.{name}={json.dumps(settings)}"
+        for name, settings in llkd_tuning.VARIANTS.items()
+        if name != llkd_tuning.DEFAULT
     ]
-    assert len(set(found)) == len(found)
+    variants = variants_of(with_overrides(experiment, [*overrides, 'compare.rules=["llkd"]']))
+    found = {
+        variant.experiment.model_dump_json(include={"selection", "calibration"})
+        for variant in variants
+    }
+    assert len(found) == len(variants) == len(llkd_tuning.VARIANTS)
 
 
 def test_at_most_a_quarter_of_eight_epochs_is_compared() -> None:

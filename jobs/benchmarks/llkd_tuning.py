@@ -23,10 +23,10 @@ import student_quality
 DEFAULT = "llkd"
 VARIANTS: dict[str, tuple[str, ...]] = {
     DEFAULT: (),
-    "teacher-decay-0": ("selection.teacher_decay=0",),
-    "teacher-decay-0.5": ("selection.teacher_decay=0.5",),
-    "student-decay-0.5": ("selection.student_decay=0.5",),
-    "student-decay-0.9": ("selection.student_decay=0.9",),
+    "teacher-at-once": ("selection.teacher_decay=0",),
+    "teacher-half": ("selection.teacher_decay=0.5",),
+    "student-half": ("selection.student_decay=0.5",),
+    "student-slow": ("selection.student_decay=0.9",),
     "class-term-probability": ("selection.class_term=mean_probability",),
     "cadence-step": (
         "selection.cadence=step",
