@@ -19,7 +19,8 @@ class LLKDRule(Section):
 
     rule: Literal["llkd"] = "llkd"
     teacher_decay: Decay = 0.9
-    """Lambda of the teacher's moving thresholds."""
+    """Lambda of the teacher's moving thresholds. From epoch to epoch its signals are the same, so
+    this changes something with `cadence = "step"` alone."""
     student_decay: Decay = 0.0
     """Lambda of the student's moving thresholds: 0 follows the student at once."""
     class_term: Literal["within_class", "mean_probability"] = "within_class"
@@ -52,7 +53,6 @@ class TeacherOnlyRule(Section):
     """Keep rows where the teacher is confident: llkd without the student."""
 
     rule: Literal["teacher-only"] = "teacher-only"
-    teacher_decay: Decay = 0.9
     weight: Literal["confidence", "one"] = "confidence"
 
 

@@ -112,7 +112,7 @@ def select(  # noqa: C901, PLR0912 - one arm for each rule.
         case TeacherOnlyRule():
             return _one_sided(
                 ("teacher", signals.confidence),
-                rule.teacher_decay,
+                0.0,  # From epoch to epoch the teacher's signals are the same.
                 state,
                 signals,
                 all_reduce,
