@@ -29,6 +29,8 @@ from llkd_ray.errors import CorpusError
 from llkd_ray.lineage import Lineage
 
 JOBS = figures.JOBS
+Lines = dict[str, dict[str, float]]
+"""Figures of each line of a comparison."""
 # Shares of train.parquet, so that about 180 rows are validation and 500 are test.
 SPLITS = {
     "trec6": (0.0367, 0.12),
@@ -56,20 +58,8 @@ VARIANTS = {
 }
 
 
-def measure(
-    folders: list[Path], compare: Callable[[Path], dict[str, dict[str, float]]]
-) -> dict[str, Any]:
-    """Compare the variants on every data set.
-
-    Args:
-        folders: Of the data sets.
-        compare: `compared`, for one of them.
-
-    Raises:
-        LLKDError: A data set has no experiment or no file, or a job has failed.
-    """
-    started = time.perf_counter()
-    quality = {folder.name: compare(folder) for folder in folders}
+def show(quality: dict[str, Lines]) -> dict[str, Any]:
+    """Print a table for each data set, and return all of it."""
     for data, of_data in quality.items():
         print(
             figures.table(
@@ -81,7 +71,7 @@ def measure(
                 ],
             )
         )  # fmt: skip
-    return {**quality, "seconds": round(time.perf_counter() - started, 1)}
+    return dict(quality)
 
 
 def compared(
@@ -93,7 +83,7 @@ def compared(
     steps: int,
     rows: int,
     training: Sequence[str],
-) -> dict[str, dict[str, float]]:
+) -> Lines:
     """Label one data set and compare the variants on it, by name.
 
     Args:
@@ -147,14 +137,9 @@ def compared(
     return lines_of(json.loads((made.path / "table.json").read_text(encoding="utf-8")))
 
 
-def training(*, float32: bool) -> tuple[str, ...]:
-    """Return the overrides that all trials share."""
-    return (*TRAINING, f"train.bf16={'false' if float32 else 'true'}")
-
-
-def lines_of(table: dict[str, Any]) -> dict[str, dict[str, float]]:
+def lines_of(table: dict[str, Any]) -> Lines:
     """Return the lines of a comparison's last epochs, the teacher's first."""
-    lines: dict[str, dict[str, float]] = {"teacher": table["teacher"]}
+    lines: Lines = {"teacher": table["teacher"]}
     for line in table["lines"]:
         if line["criterion"] == "last":
             over = line["over"].get("all", {})
@@ -171,33 +156,59 @@ def lines_of(table: dict[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def main() -> int:
-    every = [*RULES, *VARIANTS]
+def run(
+    summary: str | None,
+    quick: Mapping[str, Sequence[str]],
+    variants: Mapping[str, Sequence[str]],
+    show: Callable[[dict[str, Lines]], dict[str, Any]],
+) -> int:
+    """Compare variants on the data sets that the command line names; return the exit status.
+
+    Args:
+        summary: What the benchmark measures, for `--help`.
+        quick: The variants of `--quick`.
+        variants: All there are, each a rule or with the overrides that it stands for.
+        show: Prints tables of what was found, by data set, and returns the figures.
+    """
     parser = figures.parser_of(
-        __doc__, "two rules, one seed, 200 rows of the first data set, within four minutes"
+        summary,
+        f"{' and '.join(quick)} alone, one seed, 200 rows of the first data set, within four "
+        "minutes",
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("data", nargs="+", type=Path, metavar="DATA", help="folder of a data set")
-    parser.add_argument("--variants", nargs="+", choices=every, default=every)
+    parser.add_argument("--variants", nargs="+", choices=variants, default=list(variants))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--float32", action="store_true", help="let trials compute in float32")
     parser.add_argument("--runs", type=Path, help="keep the runs here, and go on with those there")
     arguments = parser.parse_args()
     folders = [folder.resolve() for folder in arguments.data]
-    variants, seeds, steps, rows = arguments.variants, arguments.seeds, STEPS, LABELLED_ROWS
+    seeds, steps, rows = arguments.seeds, STEPS, LABELLED_ROWS
+    chosen: Mapping[str, Sequence[str]] = {name: variants[name] for name in arguments.variants}
     if arguments.quick:
-        folders, variants, seeds, steps, rows = folders[:1], ["all", "llkd-stacked"], 1, 10, 200
+        folders, chosen, seeds, steps, rows = folders[:1], quick, 1, 10, 200
     with tempfile.TemporaryDirectory() as temporary:
         compare = functools.partial(
             compared,
             runs=(arguments.runs or Path(temporary)).resolve(),
-            variants={name: VARIANTS.get(name, ()) for name in variants},
+            variants=chosen,
             seeds=seeds,
             steps=steps,
             rows=rows,
-            training=training(float32=arguments.float32),
+            training=(*TRAINING, f"train.bf16={'false' if arguments.float32 else 'true'}"),
         )
-        return figures.run(lambda: measure(folders, compare))
+
+        def benchmark() -> dict[str, Any]:
+            started = time.perf_counter()
+            found = show({folder.name: compare(folder) for folder in folders})
+            return {**found, "seconds": round(time.perf_counter() - started, 1)}
+
+        return figures.run(benchmark)
+
+
+def main() -> int:
+    quick = {"all": (), "llkd-stacked": VARIANTS["llkd-stacked"]}
+    return run(__doc__, quick, {**dict.fromkeys(RULES, ()), **VARIANTS}, show)
 
 
 if __name__ == "__main__":
