@@ -44,7 +44,7 @@ def test_a_line_is_of_the_rounds_with_the_lowest_loss_and_counts_all_that_was_wr
         ],
         [a_round(0, 0.4, 0.7), a_round(1, 0.6, 0.5, written=20, kept=20)],
     ]
-    line = guided_quality.line_of([guided_quality.best_of(of) for of in guided], guided)
+    line = guided_quality.line_of([of[guided_quality.best_of(of)] for of in guided], guided)
     assert line["accuracy"] == 0.75
     assert (line["accuracy_low"], line["accuracy_high"]) == (0.65, 0.85)
     assert (line["written"], line["kept"], line["tokens"]) == (20, 15, 50)

@@ -26,6 +26,7 @@ import figures
 
 from llkd_ray.config import load_experiment
 from llkd_ray.errors import CorpusError
+from llkd_ray.guided.rounds import best_of
 from llkd_ray.lineage import Lineage
 
 JOBS = figures.JOBS
@@ -101,7 +102,7 @@ def measure(
                     guided_of(experiment, [*settings, f"seed={seed}"]) for seed in range(seeds)
                 ]
                 lines.setdefault(SEED_ALONE, line_of([of[0] for of in guided], guided, rounds=0))
-                lines[variant] = line_of([best_of(of) for of in guided], guided)
+                lines[variant] = line_of([of[best_of(of)] for of in guided], guided)
             # What is said of the test rows does not depend on the seed: a ledger remembers it.
             lines = {"teacher": teacher_of(experiment, common), **lines}
             found[f"{folder.name} {rows}"] = lines
@@ -158,11 +159,6 @@ def guided_of(experiment: Path, overrides: list[str]) -> list[dict[str, Any]]:
     made = Lineage(load_experiment(experiment, overrides)).guided
     rounds: list[dict[str, Any]] = json.loads((made.path / "rounds.json").read_text("utf-8"))
     return rounds
-
-
-def best_of(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the round with the lowest validation loss, as jobs/guide.py chooses it."""
-    return min(rounds, key=lambda of: of["loss"])
 
 
 def line_of(

@@ -121,33 +121,50 @@ def make_lessons(lineage: Lineage, number: int) -> None:
 
 def make_round(lineage: Lineage, number: int) -> dict[str, Any]:
     """Train a round's student on the seed and all rows kept so far, and return what it came to."""
-    experiment, artifact = lineage.experiment, lineage.round(number)
+    artifact = lineage.round(number)
     if artifact.noun == "student":
         artifact.require()
     elif not artifact.made:
         with make(artifact, resume=True) as draft:
-            shutil.rmtree(draft.folder / _LABELS, ignore_errors=True)
-            counts = lay_out(_parts(lineage, number), draft.folder / _LABELS / TRAIN)
-            storage.put(draft.folder / _LABELS)
-            trained = train.train(
-                draft.folder / _LABELS,
-                draft.folder,
-                corpus=lineage.seed.path,
-                label_names=experiment.task.label_names,
-                selection=rule_named(experiment.guide.rule, experiment.selection),
-                student=experiment.student,
-                section=experiment.train,
-                seed=experiment.seed,
-                cache=experiment.cache,
-                origin=_origin([copied for _, copied in counts], number),
-                start=_start(lineage, number),
-            )
-            shutil.rmtree(draft.folder / _LABELS)
-            found, _ = report_of(draft.folder / train.MODEL, lineage.seed.path, experiment)
-            write_text(draft.folder / REPORT, json.dumps(asdict(found), indent=2) + "\n")
+            trained = _train(lineage, number, draft.folder)
             draft.rows, draft.details = trained.rows, trained.details
-    made = artifact.require().manifest()
-    report = _report(lineage, artifact.path)
+    row = _row_of(lineage, number)
+    _log.info(
+        "guide: round %d: %d rows to train on, validation loss %.3f, accuracy %.3f, macro-F1 %.3f",
+        *(number, row["training_rows"], row["loss"], row["accuracy"], row["f1"]),
+    )
+    return row
+
+
+def _train(lineage: Lineage, number: int, folder: Path) -> train.Trained:
+    """Train a round's student and leave it, with its validation report, in a folder."""
+    experiment, labels = lineage.experiment, folder / _LABELS
+    shutil.rmtree(labels, ignore_errors=True)
+    counts = lay_out(_parts(lineage, number), labels / TRAIN)
+    storage.put(labels)
+    trained = train.train(
+        labels,
+        folder,
+        corpus=lineage.seed.path,
+        label_names=experiment.task.label_names,
+        selection=rule_named(experiment.guide.rule, experiment.selection),
+        student=experiment.student,
+        section=experiment.train,
+        seed=experiment.seed,
+        cache=experiment.cache,
+        origin=_origin([copied for _, copied in counts], number),
+        start=_start(lineage, number),
+    )
+    shutil.rmtree(labels)
+    found, _ = report_of(folder / train.MODEL, lineage.seed.path, experiment)
+    write_text(folder / REPORT, json.dumps(asdict(found), indent=2) + "\n")
+    return trained
+
+
+def _row_of(lineage: Lineage, number: int) -> dict[str, Any]:
+    """Return what a round that is made came to."""
+    artifact = lineage.round(number)
+    made, report = artifact.manifest(), _report(lineage, artifact.path)
     row = {
         "round": number,
         **{key: report[key] for key in ("loss", "accuracy", "f1")},
@@ -160,10 +177,6 @@ def make_round(lineage: Lineage, number: int) -> dict[str, Any]:
         lessons = lineage.lessons(number).manifest()
         row |= {"written": lessons.rows.taken, "kept": lessons.rows.kept}
         row |= {"lessons_s": lessons.seconds, **lessons.details}
-    _log.info(
-        "guide: round %d: %d rows to train on, validation loss %.3f, accuracy %.3f, macro-F1 %.3f",
-        *(number, row["training_rows"], row["loss"], row["accuracy"], row["f1"]),
-    )
     return row
 
 

@@ -48,8 +48,7 @@ def sift(
     Writes:
         folder/samples.parquet (schema.lessons) and folder/unlabeled (schema.labels), those kept.
     """
-    task = experiment.task
-    names = task.label_names
+    names = experiment.task.label_names
     rows = written.to_pylist()
     asked = np.array([names.index(row["label"]) for row in rows], dtype=np.int64)
     logprobs = np.array([row["logprobs"] or [np.nan] * len(names) for row in rows])
@@ -69,33 +68,17 @@ def sift(
         )
         for at, row in enumerate(rows)
     ]
-    unsure = uncertainty(student)
     samples = [
-        {
-            **row,
-            **_read(teacher[at], names),
-            "student_label": names[int(student[at].argmax())],
-            "uncertainty": unsure[at],
-            "dropped": reasons[at],
-        }
+        {**row, **_read(teacher[at], student[at], names), "dropped": reasons[at]}
         for at, row in enumerate(rows)
     ]
     pq.write_table(pa.Table.from_pylist(samples, schema.lessons(len(names))), folder / SAMPLES)
+    (folder / TRAIN).mkdir(exist_ok=True)
     kept = [
-        {
-            "row_id": row_id(row["text"]),
-            "text": row["text"],
-            "gold": None,
-            "label": row["label"],
-            "confidence": teacher[at, asked[at]],
-            "probabilities": teacher[at],
-            "logprobs": logprobs[at],
-            "label_mass": np.exp(logprobs[at]).sum(),
-        }
+        _labelled(row, teacher[at], logprobs[at], int(asked[at]))
         for at, row in enumerate(rows)
         if reasons[at] is None
     ]
-    (folder / TRAIN).mkdir(exist_ok=True)
     write_labelled(folder / TRAIN / SHARD, kept, names)
     return reasons
 
@@ -142,7 +125,26 @@ def _checks(sources: Sources, experiment: Experiment) -> Checks:
     return Checks(section, Form.of([*train, *validation], section, parts), seen)
 
 
-def _read(teacher: Floats, names: Sequence[str]) -> dict[str, Any]:
-    if np.isnan(teacher).any():
-        return {"read_label": None, "confidence": None}
-    return {"read_label": names[int(teacher.argmax())], "confidence": float(teacher.max())}
+def _read(teacher: Floats, student: Floats, names: Sequence[str]) -> dict[str, Any]:
+    """Return what both models read in a text, as columns of schema.lessons."""
+    told = not np.isnan(teacher).any()
+    return {
+        "read_label": names[int(teacher.argmax())] if told else None,
+        "confidence": float(teacher.max()) if told else None,
+        "student_label": names[int(student.argmax())],
+        "uncertainty": float(uncertainty(student[np.newaxis])[0]),
+    }
+
+
+def _labelled(row: dict[str, Any], teacher: Floats, logprobs: Floats, asked: int) -> dict[str, Any]:
+    """Return a row of schema.labels with the label that was asked for."""
+    return {
+        "row_id": row_id(row["text"]),
+        "text": row["text"],
+        "gold": None,
+        "label": row["label"],
+        "confidence": teacher[asked],
+        "probabilities": teacher,
+        "logprobs": logprobs,
+        "label_mass": np.exp(logprobs).sum(),
+    }
