@@ -68,8 +68,14 @@ def sift(
         )
         for at, row in enumerate(rows)
     ]
+    unsure = uncertainty(student)
     samples = [
-        {**row, **_read(teacher[at], student[at], names), "dropped": reasons[at]}
+        {
+            **row,
+            **_read(teacher[at], student[at], names),
+            "uncertainty": unsure[at],
+            "dropped": reasons[at],
+        }
         for at, row in enumerate(rows)
     ]
     pq.write_table(pa.Table.from_pylist(samples, schema.lessons(len(names))), folder / SAMPLES)
@@ -126,13 +132,12 @@ def _checks(sources: Sources, experiment: Experiment) -> Checks:
 
 
 def _read(teacher: Floats, student: Floats, names: Sequence[str]) -> dict[str, Any]:
-    """Return what both models read in a text, as columns of schema.lessons."""
+    """Return the labels that both models read in a text, as columns of schema.lessons."""
     told = not np.isnan(teacher).any()
     return {
         "read_label": names[int(teacher.argmax())] if told else None,
         "confidence": float(teacher.max()) if told else None,
         "student_label": names[int(student.argmax())],
-        "uncertainty": float(uncertainty(student[np.newaxis])[0]),
     }
 
 
