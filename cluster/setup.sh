@@ -34,7 +34,7 @@ command -v g++ >/dev/null || {
 echo "setting up .venv (once, some minutes) ..."
 # One that was broken off, or made without python3-venv, has no pip.
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
-install=(.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-compile)
+install=(.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps)
 if ! .venv/bin/python -m pip show -qq "${torch%%=*}" 2>/dev/null; then
     "${install[@]}" "$torch" 2>/dev/null ||
         "${install[@]}" "$torch" --index-url https://download.pytorch.org/whl/cpu || {
@@ -48,6 +48,4 @@ for entry in "${missing[@]}"; do
     [ "$file" = cluster/requirements-cpu.txt ] && "${install[@]}" --no-build-isolation -e .
     echo "$want" >"$stamp"
 done
-# pip would do this on one core. What is left over are templates that are no Python.
-.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 echo "set up .venv in ${SECONDS} s"
