@@ -50,6 +50,7 @@ def test_a_line_is_of_the_rounds_with_the_lowest_loss_and_counts_all_that_was_wr
     assert (line["written"], line["kept"], line["tokens"]) == (20, 15, 50)
     assert line["dropped"] == {"too long": 3, "too short": 2}
     assert line["last_accuracy"] == 0.7
+    assert (line["gain"], line["gain_sd"]) == (0.1, pytest.approx(0.1414))
     alone = guided_quality.line_of([of[0] for of in guided], guided, rounds=0)
     assert (alone["accuracy"], alone["written"], alone["round"]) == (0.65, 0, 0)
     assert "seed alone" in guided_quality.table_of("trec6", {"seed alone": alone, "teacher": {}})

@@ -5,8 +5,10 @@ experiment, jobs/configs/NAME.toml. A student is trained on a small gold seed al
 jobs/guide.py, in rounds on what SmolLM2 writes about what it gets wrong; with everything, without
 the validation report in the prompt, without wrong and hard rows in it, without the checks of the
 texts but for length and leaks, and with only those texts in which the student reads the asked label
-as well. Every student takes the same number of steps. All are scored on the
-same gold test rows, beside the teacher, which answers as jobs/label.py has it do.
+as well. Every student takes the same number of steps. All are scored on the same gold test rows,
+beside the teacher, which answers as jobs/label.py has it do: without an example, and with the
+examples that jobs/guide.py shows it, of the seed or task.examples. (Where it is not shown them,
+task.examples stand in the corpus, a few of them among the test rows.)
 
 The seed's rows are the same for every seed number, which is that of training and sampling;
 task.examples are among them, so the student alone has all the gold that the teacher is shown.
@@ -27,6 +29,7 @@ import figures
 from llkd_ray.config import load_experiment
 from llkd_ray.errors import CorpusError
 from llkd_ray.guided.rounds import best_of
+from llkd_ray.guided.seed import TRAIN
 from llkd_ray.lineage import Lineage
 
 JOBS = figures.JOBS
@@ -103,8 +106,7 @@ def measure(
                 ]
                 lines.setdefault(SEED_ALONE, line_of([of[0] for of in guided], guided, rounds=0))
                 lines[variant] = line_of([of[best_of(of)] for of in guided], guided)
-            # What is said of the test rows does not depend on the seed: a ledger remembers it.
-            lines = {"teacher": teacher_of(experiment, common), **lines}
+            lines = {**teachers_of(experiment, [*common, f"guide.seed_rows={rows}"]), **lines}
             found[f"{folder.name} {rows}"] = lines
             print(table_of(f"{folder.name}, {rows} seed rows", lines), flush=True)
     return {**found, "seconds": round(time.perf_counter() - started, 1)}
@@ -123,7 +125,7 @@ def overrides_of(folder: Path, runs: Path) -> list[str]:
         raise CorpusError(f"{folder}: there is no train.parquet; put gold rows there")
     validation, test = SPLITS[folder.name]
     experiment = load_experiment(JOBS / f"configs/{folder.name}.toml")
-    # jobs/guide.py shows of the pool's gold nothing, but the pool has to be there.
+    # jobs/guide.py shows the seed in the pool's place, but the pool has to be there.
     pool = [f"task.examples_source={source}"] if experiment.task.examples_source else []
     return [
         f"runs={runs}",
@@ -137,6 +139,19 @@ def overrides_of(folder: Path, runs: Path) -> list[str]:
     ]
 
 
+def teachers_of(experiment: Path, overrides: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the scores of the teacher without an example, and of the one that guides."""
+    lineage = Lineage(load_experiment(experiment, overrides))
+    few = list(overrides)
+    if lineage.experiment.task.examples_source is not None:
+        few.append(f"task.examples_source={lineage.seed.path / TRAIN}")
+    none = [*overrides, "task.examples=[]", "teacher.shots.kind=fixed"]
+    return {
+        "teacher, no example": teacher_of(experiment, none),
+        "teacher, few examples": teacher_of(experiment, few),
+    }
+
+
 def teacher_of(experiment: Path, overrides: list[str]) -> dict[str, Any]:
     """Label the test rows, and 200 others to calibrate on, and return the teacher's scores."""
     settings = [
@@ -144,9 +159,7 @@ def teacher_of(experiment: Path, overrides: list[str]) -> dict[str, Any]:
         'teacher.splits=["unlabeled","test"]',
         "teacher.max_unlabeled_rows=200",
     ]
-    if load_experiment(experiment, settings).task.examples_source is not None:
-        # Gold rows beside the seed would be shown.
-        return {}
+    figures.job("prepare", experiment, settings)
     figures.job("label", experiment, settings)
     made = Lineage(load_experiment(experiment, settings)).labels.manifest()
     of_test = made.details["quality"]["batch"]["test"]
@@ -164,7 +177,7 @@ def guided_of(experiment: Path, overrides: list[str]) -> list[dict[str, Any]]:
 def line_of(
     chosen: list[dict[str, Any]], guided: list[list[dict[str, Any]]], *, rounds: int | None = None
 ) -> dict[str, Any]:
-    """Return a line of the table: means over seeds.
+    """Return a line of the table: means over seeds; gain is over the same seed's round 0.
 
     Args:
         chosen: The round that counts, for each seed.
@@ -186,8 +199,14 @@ def line_of(
             line[f"{name}_{end}"] = round(
                 statistics.mean(of["test"][name][end] for of in chosen), 4
             )
+    gains = [
+        of["test"]["accuracy"]["value"] - rows[0]["test"]["accuracy"]["value"]
+        for of, rows in zip(chosen, guided, strict=True)
+    ]
     return {
         **line,
+        "gain": round(statistics.mean(gains), 4),
+        "gain_sd": round(statistics.stdev(gains), 4) if each > 1 else None,
         "round": statistics.mean(of["round"] for of in chosen),
         "loss": round(statistics.mean(of["loss"] for of in chosen), 4),
         "written": sum(row["written"] for row in of_rounds) / each,
@@ -207,11 +226,12 @@ def line_of(
 
 def table_of(title: str, lines: dict[str, Any]) -> str:
     """Lay the lines out for people."""
-    columns = ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "macro_f1_sd", "round",
-               "written", "kept", "tokens", "prompt_tokens")  # fmt: skip
+    columns = ("accuracy", "accuracy_low", "accuracy_high", "gain", "gain_sd", "last_accuracy",
+               "macro_f1", "macro_f1_sd", "round", "written", "kept", "tokens",
+               "prompt_tokens")  # fmt: skip
     return figures.table(
-        [title, "accuracy", "low", "high", "macro-F1", "sd", "round", "written", "kept",
-         "tokens out", "tokens in"],
+        [title, "accuracy", "low", "high", "gain", "sd", "last", "macro-F1", "sd", "round",
+         "written", "kept", "tokens out", "tokens in"],
         [[name, *(line.get(column) for column in columns)] for name, line in lines.items()],
     )  # fmt: skip
 

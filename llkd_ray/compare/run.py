@@ -20,7 +20,7 @@ from llkd_ray.config import Experiment, RandomRule, rule_named
 from llkd_ray.errors import LLKDError
 from llkd_ray.lineage import Lineage
 from llkd_ray.metrics import accuracy, macro_f1
-from llkd_ray.student.engine import read_expert_settings
+from llkd_ray.student.engine import ENVIRONMENT, read_expert_settings
 from llkd_ray.student.model import check_student
 from llkd_ray.student.train import UNTRAINED, count_rows, found_from_anywhere
 from llkd_ray.student.worker import Work
@@ -125,7 +125,11 @@ def _trials(
     """Yield the trials as they come to their end, those that were there first."""
     train = experiment.train
 
-    @ray.remote(num_cpus=train.cpus_per_worker, num_gpus=1 if train.use_gpu else 0)
+    @ray.remote(
+        num_cpus=train.cpus_per_worker,
+        num_gpus=1 if train.use_gpu else 0,
+        runtime_env={"env_vars": ENVIRONMENT},
+    )
     def run(work: Work, out: Path, matched: tuple[int, ...]) -> tuple[int, ...]:
         if matched:
             work = replace(work, selection=RandomRule(kept=matched))
