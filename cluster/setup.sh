@@ -4,7 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 files=(cluster/requirements-cpu.txt)
-[ "${1:-}" = --dev ] && files+=(cluster/requirements-dev.txt)
+oracles=cluster/requirements-oracles.txt
+[ "${1:-}" = --dev ] && files+=(cluster/requirements-dev.txt "$oracles")
 torch=torch==2.13.0+cpu
 
 # One stamp per requirements file, so that the quickstart's set-up serves the gate too.
@@ -44,7 +45,9 @@ if ! .venv/bin/python -m pip show -qq "${torch%%=*}" 2>/dev/null; then
 fi
 for entry in "${missing[@]}"; do
     read -r file stamp want <<<"$entry"
-    "${install[@]}" -r "$file"
+    where=()
+    [ "$file" = "$oracles" ] && where=(--upgrade --target .venv/oracles)
+    "${install[@]}" "${where[@]}" -r "$file"
     [ "$file" = cluster/requirements-cpu.txt ] && "${install[@]}" --no-build-isolation -e .
     echo "$want" >"$stamp"
 done
