@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-FILES = ("requirements-cpu.txt", "requirements-dev.txt", "requirements-oracles.txt")
+FILES = ("requirements-cpu.txt", "requirements-dev.txt")
 _PIN = re.compile(r"(?P<name>[\w.-]+)==[^\s;]+")
 
 

@@ -4,8 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 files=(cluster/requirements-cpu.txt)
-oracles=cluster/requirements-oracles.txt
-[ "${1:-}" = --dev ] && files+=(cluster/requirements-dev.txt "$oracles")
+[ "${1:-}" = --dev ] && files+=(cluster/requirements-dev.txt)
 torch=torch==2.13.0+cpu
 
 # One stamp per requirements file, so that the quickstart's set-up serves the gate too.
@@ -45,9 +44,7 @@ if ! .venv/bin/python -m pip show -qq "${torch%%=*}" 2>/dev/null; then
 fi
 for entry in "${missing[@]}"; do
     read -r file stamp want <<<"$entry"
-    where=()
-    [ "$file" = "$oracles" ] && where=(--upgrade --target .venv/oracles)
-    "${install[@]}" "${where[@]}" -r "$file"
+    "${install[@]}" -r "$file"
     [ "$file" = cluster/requirements-cpu.txt ] && "${install[@]}" --no-build-isolation -e .
     echo "$want" >"$stamp"
 done

@@ -104,18 +104,11 @@ def lock(name: str) -> dict[str, str]:
     return dict(pin.split("==") for pin in pins)
 
 
-@pytest.mark.parametrize(
-    ("name", "fewest"),
-    [
-        ("requirements-cpu.txt", 100),
-        ("requirements-dev.txt", 30),
-        ("requirements-oracles.txt", 5),
-    ],
-)
-def test_every_pin_of_the_lock_has_the_hash_of_its_file(name, fewest):
+@pytest.mark.parametrize("name", ["requirements-cpu.txt", "requirements-dev.txt"])
+def test_every_pin_of_the_lock_has_the_hash_of_its_file(name):
     lines = (CLUSTER / name).read_text().splitlines()
     pins = [line for line in lines if "==" in line and not line.startswith("#")]
-    assert len(pins) == len(lock(name)) > fewest
+    assert len(pins) == len(lock(name)) > 30
     for pin in pins:
         assert re.fullmatch(r"\S+==\S+ --hash=sha256:[0-9a-f]{64}", pin), pin
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from oracles import precision_recall_fscore_support
+from sklearn.metrics import precision_recall_fscore_support
 
 from llkd_ray.config import GuideSection, ShownSection
 from llkd_ray.guided.budget import share_out

@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from oracles import find_label_issues
+from cleanlab.filter import find_label_issues
 
 from llkd_ray.config import (
     AllRule,
