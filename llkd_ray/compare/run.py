@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from llkd_ray.artifacts import fingerprint, write_text
-from llkd_ray.cluster import result_of
+from llkd_ray.cluster import TRAINING_SPIN, result_of
 from llkd_ray.compare.plots import curves
 from llkd_ray.compare.table import Line, tabulate
 from llkd_ray.compare.trial import Trial, read_gold, read_trial, run_trial
@@ -20,7 +20,7 @@ from llkd_ray.config import Experiment, RandomRule, rule_named
 from llkd_ray.errors import LLKDError
 from llkd_ray.lineage import Lineage
 from llkd_ray.metrics import accuracy, macro_f1
-from llkd_ray.student.engine import ENVIRONMENT, read_expert_settings
+from llkd_ray.student.engine import read_expert_settings
 from llkd_ray.student.model import check_student
 from llkd_ray.student.train import UNTRAINED, count_rows, found_from_anywhere
 from llkd_ray.student.worker import Work
@@ -128,7 +128,7 @@ def _trials(
     @ray.remote(
         num_cpus=train.cpus_per_worker,
         num_gpus=1 if train.use_gpu else 0,
-        runtime_env={"env_vars": ENVIRONMENT},
+        runtime_env={"env_vars": TRAINING_SPIN},
     )
     def run(work: Work, out: Path, matched: tuple[int, ...]) -> tuple[int, ...]:
         if matched:

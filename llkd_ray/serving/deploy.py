@@ -19,6 +19,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
+from llkd_ray.cluster import BRIEF_SPIN
 from llkd_ray.config import ServeSection
 from llkd_ray.errors import ClusterError, EndpointError
 from llkd_ray.serving.access import Observer, print_line, token_digest
@@ -46,10 +47,6 @@ _SHUTDOWN_S = 30.0
 _LOOK_BACK_S = 15.0
 # For so long there must have been too few replicas before another one is started.
 _UPSCALE_DELAY_S = 10.0
-# An OpenMP thread that waits for its siblings spins for milliseconds by default. Where anything
-# else runs on the cores (Serve's proxy does), it so keeps the very thread that it waits for from
-# running: 64 texts took up to 2.7 s instead of 0.14 s on two shared cores.
-_BRIEF_SPIN = {"GOMP_SPINCOUNT": "2000"}
 
 
 class Endpoint:
@@ -148,7 +145,7 @@ def open_student(
 def student_environment(config: ServeSection) -> dict[str, str]:
     """Return the environment variables of a student's replica."""
     # The tokenizer's own threads: they would be as many as the machine has cores.
-    return {**_BRIEF_SPIN, "RAYON_NUM_THREADS": str(config.threads)}
+    return {**BRIEF_SPIN, "RAYON_NUM_THREADS": str(config.threads)}
 
 
 def endpoint_app(

@@ -23,9 +23,6 @@ _OURS = (
     "fp16",
     "bf16",
 )
-ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
-"""Variables of a process that trains. An OpenMP thread that waits for its siblings spins for
-milliseconds by default, and so holds the core that they need wherever anything else runs on it."""
 
 
 def read_expert_settings(train: TrainSection) -> dict[str, Any]:

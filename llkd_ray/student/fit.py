@@ -31,9 +31,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from llkd_ray import storage
+from llkd_ray.cluster import TRAINING_SPIN
 from llkd_ray.config import TrainSection
 from llkd_ray.errors import ClusterError, LLKDError
-from llkd_ray.student.engine import ENVIRONMENT
 from llkd_ray.student.loop import train_worker
 from llkd_ray.student.stopping import SCORE, criterion
 from llkd_ray.student.worker import Context, Work
@@ -88,7 +88,7 @@ def fit(work: Work, out: Path) -> tuple[Path, Path]:
                 num_to_keep=1, checkpoint_score_attribute=SCORE if scored else None
             ),
             callbacks=[_ToDriver(queue)],
-            worker_runtime_env={"env_vars": ENVIRONMENT},
+            worker_runtime_env={"env_vars": TRAINING_SPIN},
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llkd_ray.cluster import end_children_with_actor
+from llkd_ray.cluster import BRIEF_SPIN, end_children_with_actor
 from llkd_ray.config import EngineSection, Example, TaskSection, VLLMTeacher
 from llkd_ray.teacher.answers import Answer, Continuation, TeacherDiedError
 from llkd_ray.teacher.prompt import Encoded, Prompt
@@ -181,7 +181,7 @@ def engine_environment(engine: EngineSection, threads: int) -> dict[str, str]:
         # FlashInfer's sampler is compiled at the start, by an nvcc that few machines have, and
         # read-outs sample nothing.
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
-        "GOMP_SPINCOUNT": "2000",
+        **BRIEF_SPIN,
         "KMP_BLOCKTIME": "1",
     }
 
