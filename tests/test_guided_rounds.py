@@ -343,6 +343,24 @@ def test_a_teacher_that_gives_errors_ends_the_round_and_is_asked_again(tmp_path,
     assert sum(map(len, errors)) == 0
 
 
+@pytest.mark.parametrize(("endless", "told"), [(4, False), (5, True)])
+def test_where_many_texts_come_to_no_end_the_setting_is_named(
+    tmp_path, small_encoder, caplog, endless, told
+):
+    lineage = prepared(
+        Run((f"runs={tmp_path}", "guide.seed_rows=100", f"student.model={small_encoder}"))
+    )
+    with_untrained_student(lineage)
+    rows = [
+        row | {"read": row["gold"], "finished": at >= endless}
+        for at, row in enumerate(rows_of(lineage, "unlabeled")[:40])
+    ]
+    lay_out_written(lineage, rows)
+    make_lessons(lineage, 1)
+    setting = f"{endless} of 40 texts came to no end within guide.sampling.max_tokens = 64"
+    assert (setting in caplog.text) == told
+
+
 def test_the_loss_of_a_round_is_that_of_before_the_temperature(tmp_path, small_encoder):
     lineage = prepared(
         Run((f"runs={tmp_path}", "guide.seed_rows=100", f"student.model={small_encoder}"))

@@ -14,6 +14,8 @@ from llkd_ray.metrics import Floats
 from llkd_ray.selection import uncertainty
 
 GENERATED = "other generated rows"
+NO_END = "no end"
+"""The reason against a text that was longer than `guide.sampling.max_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Checks:
         if sample.error is not None:
             return sample.error
         if not sample.finished:
-            return "no end"
+            return NO_END
         if not sample.text:
             return "no text"
         return None

@@ -21,6 +21,7 @@ from llkd_ray import storage
 from llkd_ray.artifacts import Artifact, Rows, make, write_text
 from llkd_ray.config import rule_named
 from llkd_ray.guided.asking import report_of
+from llkd_ray.guided.checks import NO_END
 from llkd_ray.guided.lessons import author_of, write_lessons
 from llkd_ray.guided.mixture import lay_out
 from llkd_ray.guided.seed import TRAIN, write_seed
@@ -31,6 +32,8 @@ from llkd_ray.student.scores import score_student
 
 _log = logging.getLogger(__name__)
 _LABELS = "labels"
+# Above this share of texts without an end, `guide.sampling.max_tokens` is too small for the rows.
+_MANY = 0.1
 REPORT, ROUNDS = "report.json", "rounds.json"
 
 
@@ -117,6 +120,13 @@ def make_lessons(lineage: Lineage, number: int) -> None:
         "guide: round %d: kept %d of %d texts; dropped: %s",
         *(number, draft.rows.kept, draft.rows.taken, dropped or "none"),
     )
+    endless = draft.details["dropped"].get(NO_END, 0)
+    if endless > _MANY * draft.rows.taken:
+        _log.warning(
+            "guide: %d of %d texts came to no end within guide.sampling.max_tokens = %d; raise it, "
+            "if the seed has longer rows",
+            *(endless, draft.rows.taken, lineage.experiment.guide.sampling.max_tokens),
+        )
 
 
 def make_round(lineage: Lineage, number: int) -> dict[str, Any]:
