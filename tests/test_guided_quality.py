@@ -49,8 +49,18 @@ def test_a_line_is_of_the_rounds_with_the_lowest_loss_and_counts_all_that_was_wr
     assert (line["accuracy_low"], line["accuracy_high"]) == (0.65, 0.85)
     assert (line["written"], line["kept"], line["tokens"]) == (20, 15, 50)
     assert line["dropped"] == {"too long": 3, "too short": 2}
-    assert line["last_accuracy"] == 0.7
+    assert (line["last_accuracy"], line["last_accuracy_sd"]) == (0.7, pytest.approx(0.2828))
     assert (line["gain"], line["gain_sd"]) == (0.1, pytest.approx(0.1414))
     alone = guided_quality.line_of([of[0] for of in guided], guided, rounds=0)
     assert (alone["accuracy"], alone["written"], alone["round"]) == (0.65, 0, 0)
     assert "seed alone" in guided_quality.table_of("trec6", {"seed alone": alone, "teacher": {}})
+
+
+def test_what_the_judge_says_has_a_line_for_each_variant_and_reason():
+    judged = {"kept": {"texts": 9, "as_asked": 0.5}, "too long": {"texts": 3, "as_asked": 1.0}}
+    table = guided_quality.judged_table("trec6", {"seed alone": {}, "guided": {"judged": judged}})
+    _, *lines = table.splitlines()
+    assert [line.split() for line in lines] == [
+        ["guided", "kept", "9", "0.500"],
+        ["guided", "too", "long", "3", "1.000"],
+    ]

@@ -10,12 +10,17 @@ beside the teacher, which answers as jobs/label.py has it do: without an example
 examples that jobs/guide.py shows it, of the seed or task.examples. (Where it is not shown them,
 task.examples stand in the corpus, a few of them among the test rows.)
 
+Whether a written text has the label that was asked for, nobody knows; a judge says it: a student of
+the same kind, trained on many gold rows. Of each variant's texts, those kept and those dropped by
+each check, a second table has the share that the judge reads as asked.
+
 The seed's rows are the same for every seed number, which is that of training and sampling;
 task.examples are among them, so the student alone has all the gold that the teacher is shown.
 """
 
 import argparse
 import json
+import logging
 import statistics
 import sys
 import tempfile
@@ -25,12 +30,18 @@ from pathlib import Path
 from typing import Any
 
 import figures
+import pyarrow.parquet as pq
 
+from llkd_ray.cluster import ray_session
 from llkd_ray.config import load_experiment
 from llkd_ray.errors import CorpusError
-from llkd_ray.guided.rounds import best_of
+from llkd_ray.guided.asking import probabilities_of_texts
+from llkd_ray.guided.rounds import best_of, make_round, make_seed
 from llkd_ray.guided.seed import TRAIN
+from llkd_ray.guided.sift import SAMPLES as WRITTEN
 from llkd_ray.lineage import Lineage
+from llkd_ray.student.scores import score_student
+from llkd_ray.student.train import MODEL
 
 JOBS = figures.JOBS
 # Shares of train.parquet for about 180 validation rows, which are not used, and 500 test rows.
@@ -67,6 +78,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "student-agrees": ("guide.checks.student_agrees=true",),
 }
 FIGURES = ("accuracy", "macro_f1")
+JUDGE_ROWS = 2500
+JUDGE = (f"guide.seed_rows={JUDGE_ROWS}", "guide.validation_fraction=0.1", "train.steps=600")
+KEPT = "kept"
 
 
 def measure(
@@ -97,18 +111,24 @@ def measure(
         common = [*overrides_of(folder, runs), *more]
         experiment = JOBS / f"configs/{folder.name}.toml"
         figures.job("prepare", experiment, common)
+        judge = judge_of(experiment, common)
         for rows in seed_rows:
             lines: dict[str, Any] = {}
             for variant in variants:
                 settings = [*common, f"guide.seed_rows={rows}", *VARIANTS[variant]]
-                guided = [
-                    guided_of(experiment, [*settings, f"seed={seed}"]) for seed in range(seeds)
-                ]
+                runs_of = [[*settings, f"seed={seed}"] for seed in range(seeds)]
+                guided = [guided_of(experiment, overrides) for overrides in runs_of]
                 lines.setdefault(SEED_ALONE, line_of([of[0] for of in guided], guided, rounds=0))
                 lines[variant] = line_of([of[best_of(of)] for of in guided], guided)
-            lines = {**teachers_of(experiment, [*common, f"guide.seed_rows={rows}"]), **lines}
+                lines[variant]["judged"] = judged(experiment, runs_of, judge)
+            lines = {
+                **teachers_of(experiment, [*common, f"guide.seed_rows={rows}"]),
+                **lines,
+                f"student of {JUDGE_ROWS} gold rows": score_of(experiment, common, judge),
+            }
             found[f"{folder.name} {rows}"] = lines
-            print(table_of(f"{folder.name}, {rows} seed rows", lines), flush=True)
+            title = f"{folder.name}, {rows} seed rows"
+            print(table_of(title, lines), judged_table(title, lines), sep="\n", flush=True)
     return {**found, "seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -174,6 +194,65 @@ def guided_of(experiment: Path, overrides: list[str]) -> list[dict[str, Any]]:
     return rounds
 
 
+def judge_of(experiment: Path, overrides: list[str]) -> Path:
+    """Train a student on many gold rows and return its folder."""
+    lineage = Lineage(load_experiment(experiment, [*overrides, *JUDGE]))
+    if not lineage.round(0).made:
+        with ray_session(lineage.experiment.ray):
+            make_seed(lineage)
+            make_round(lineage, 0)
+    return lineage.round(0).path / MODEL
+
+
+def score_of(experiment: Path, overrides: list[str], student: Path) -> dict[str, Any]:
+    """Return a student's scores on the gold test rows."""
+    of = load_experiment(experiment, overrides)
+    found = score_student(
+        Lineage(of).corpus.path / "test",
+        student,
+        label_names=of.task.label_names,
+        section=of.evaluate,
+        max_length=of.student.max_length,
+        batch_size=of.train.scoring_batch_size,
+        seed=of.seed,
+    )
+    accuracy = found.accuracy
+    return {
+        "accuracy": round(accuracy.value, 4),
+        "accuracy_low": round(accuracy.low, 4),
+        "accuracy_high": round(accuracy.high, 4),
+        "macro_f1": round(found.macro_f1.value, 4),
+    }
+
+
+def judged(experiment: Path, runs: list[list[str]], judge: Path) -> dict[str, dict[str, Any]]:
+    """Return for what was kept, and dropped for each reason: texts, and the share read as asked.
+
+    Args:
+        experiment: Of the data set.
+        runs: Overrides of a guided distillation each, all of which count together.
+        judge: Folder of the student that reads.
+    """
+    texts, right = Counter[str](), Counter[str]()
+    for overrides in runs:
+        of = load_experiment(experiment, overrides)
+        lineage = Lineage(of)
+        for number in range(1, lineage.guided.manifest().details["rounds"] + 1):
+            written = pq.read_table(
+                lineage.lessons(number).path / WRITTEN, columns=["text", "label", "dropped"]
+            ).to_pylist()
+            written = [row for row in written if row["text"]]
+            read = probabilities_of_texts([row["text"] for row in written], judge, of)
+            for row, position in zip(written, read.argmax(axis=1).tolist(), strict=True):
+                reason = row["dropped"] or KEPT
+                texts[reason] += 1
+                right[reason] += of.task.label_names[position] == row["label"]
+    return {
+        reason: {"texts": count, "as_asked": round(right[reason] / count, 4)}
+        for reason, count in texts.most_common()
+    }
+
+
 def line_of(
     chosen: list[dict[str, Any]], guided: list[list[dict[str, Any]]], *, rounds: int | None = None
 ) -> dict[str, Any]:
@@ -203,6 +282,7 @@ def line_of(
         of["test"]["accuracy"]["value"] - rows[0]["test"]["accuracy"]["value"]
         for of, rows in zip(chosen, guided, strict=True)
     ]
+    last = [rows[-1]["test"]["accuracy"]["value"] for rows in guided]
     return {
         **line,
         "gain": round(statistics.mean(gains), 4),
@@ -216,10 +296,9 @@ def line_of(
             name: sum(row.get(name, 0) for row in of_rounds) / each
             for name in ("tokens", "prompt_tokens", "cached_tokens", "readout_tokens")
         },
-        "last_accuracy": round(
-            statistics.mean(rows[-1]["test"]["accuracy"]["value"] for rows in guided), 4
-        )
-        if rounds is None
+        "last_accuracy": round(statistics.mean(last), 4) if rounds is None else None,
+        "last_accuracy_sd": round(statistics.stdev(last), 4)
+        if rounds is None and each > 1
         else None,
     }
 
@@ -227,13 +306,25 @@ def line_of(
 def table_of(title: str, lines: dict[str, Any]) -> str:
     """Lay the lines out for people."""
     columns = ("accuracy", "accuracy_low", "accuracy_high", "gain", "gain_sd", "last_accuracy",
-               "macro_f1", "macro_f1_sd", "round", "written", "kept", "tokens",
+               "last_accuracy_sd", "macro_f1", "macro_f1_sd", "round", "written", "kept", "tokens",
                "prompt_tokens")  # fmt: skip
     return figures.table(
-        [title, "accuracy", "low", "high", "gain", "sd", "last", "macro-F1", "sd", "round",
+        [title, "accuracy", "low", "high", "gain", "sd", "last", "sd", "macro-F1", "sd", "round",
          "written", "kept", "tokens out", "tokens in"],
         [[name, *(line.get(column) for column in columns)] for name, line in lines.items()],
     )  # fmt: skip
+
+
+def judged_table(title: str, lines: dict[str, Any]) -> str:
+    """Lay out for people what the judge says of each variant's texts."""
+    return figures.table(
+        [title, "kept or dropped, since", "texts", "read as asked"],
+        [
+            [name, reason, of["texts"], of["as_asked"]]
+            for name, line in lines.items()
+            for reason, of in line.get("judged", {}).items()
+        ],
+    )
 
 
 def main() -> int:
@@ -250,6 +341,9 @@ def main() -> int:
         "--set", nargs="+", default=[], metavar="section.key=value", help="of every experiment"
     )
     arguments = parser.parse_args()
+    # The judge is trained in this process, and tells of it as a job does.
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("llkd_ray").setLevel(logging.INFO)
     folders = [folder.resolve() for folder in arguments.data]
     variants, seed_rows = arguments.variants, arguments.seed_rows
     seeds, more = arguments.seeds, arguments.set
