@@ -89,6 +89,13 @@ def parser_of(summary: str) -> argparse.ArgumentParser:
     return parser
 
 
+def show_log() -> None:
+    """Show what the project's log says was done, and what others' say is wrong, on stderr."""
+    # Ray and vLLM log through the root logger too.
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("llkd_ray").setLevel(logging.INFO)
+
+
 def answer(arguments: argparse.Namespace, act: Callable[[Experiment], None]) -> int:
     """Act on the experiment that the arguments name, and say in one line what went wrong.
 
@@ -98,9 +105,7 @@ def answer(arguments: argparse.Namespace, act: Callable[[Experiment], None]) -> 
     # What a stage has written shows at once and in order, in a log file too.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)
-    # Ray and vLLM log through the root logger too; ours says what was done, theirs what is wrong.
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("llkd_ray").setLevel(logging.INFO)
+    show_log()
     try:
         act(load_experiment(arguments.experiment, arguments.overrides))
     except LLKDError as error:

@@ -2,15 +2,19 @@
 
 import sys
 
+import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from conftest import QUICKSTART, ROOT, Run
+from test_guided_rounds import lay_out_written, prepared, rows_of, with_untrained_student
 
 sys.path.insert(0, str(ROOT / "jobs/benchmarks"))
 
 import guided_quality
 
+from llkd_ray.artifacts import Rows, make
 from llkd_ray.config import load_experiment
 from llkd_ray.errors import CorpusError
+from llkd_ray.guided.rounds import make_lessons
 
 
 def test_every_variant_is_an_experiment_of_every_data_set(tmp_path):
@@ -64,3 +68,28 @@ def test_what_the_judge_says_has_a_line_for_each_variant_and_reason():
         ["guided", "kept", "9", "0.500"],
         ["guided", "too", "long", "3", "1.000"],
     ]
+
+
+def test_the_judge_reads_every_text_that_was_written_whatever_became_of_it(tmp_path, small_encoder):
+    run = Run((f"runs={tmp_path}", "guide.seed_rows=100", f"student.model={small_encoder}"))
+    lineage = prepared(run)
+    with_untrained_student(lineage)
+    rows = rows_of(lineage, "unlabeled")[100:140]
+    read = [row | {"read": row["gold"], "finished": at > 2} for at, row in enumerate(rows)]
+    lay_out_written(lineage, read)
+    make_lessons(lineage, 1)
+    with make(lineage.guided) as draft:
+        draft.rows, draft.details = Rows(taken=40, kept=40, rejected=0), {"rounds": 1}
+
+    # The round's own student, which has told its labels already, in the judge's place.
+    judge = lineage.round(0).path / "model"
+    judged = guided_quality.judged(QUICKSTART, [list(run.overrides)], judge)
+
+    samples = pq.read_table(lineage.lessons(1).path / "samples.parquet").to_pylist()
+    assert {"kept", "no end"} <= judged.keys()
+    for reason, found in judged.items():
+        of = [row for row in samples if (row["dropped"] or "kept") == reason]
+        right = sum(row["student_label"] == row["label"] for row in of)
+        assert found == {"texts": len(of), "as_asked": round(right / len(of), 4)}
+    assert sum(found["texts"] for found in judged.values()) == len(samples) == 40
+    assert guided_quality.score_of(QUICKSTART, list(run.overrides), judge)["accuracy"] < 0.5

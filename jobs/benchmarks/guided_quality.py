@@ -20,7 +20,6 @@ task.examples are among them, so the student alone has all the gold that the tea
 
 import argparse
 import json
-import logging
 import statistics
 import sys
 import tempfile
@@ -32,15 +31,15 @@ from typing import Any
 import figures
 import pyarrow.parquet as pq
 
+from llkd_ray.cli import show_log
 from llkd_ray.cluster import ray_session
 from llkd_ray.config import load_experiment
 from llkd_ray.errors import CorpusError
 from llkd_ray.guided.asking import probabilities_of_texts
-from llkd_ray.guided.rounds import best_of, make_round, make_seed
+from llkd_ray.guided.rounds import best_of, make_round, make_seed, on_test
 from llkd_ray.guided.seed import TRAIN
 from llkd_ray.guided.sift import SAMPLES as WRITTEN
 from llkd_ray.lineage import Lineage
-from llkd_ray.student.scores import score_student
 from llkd_ray.student.train import MODEL
 
 JOBS = figures.JOBS
@@ -206,22 +205,12 @@ def judge_of(experiment: Path, overrides: list[str]) -> Path:
 
 def score_of(experiment: Path, overrides: list[str], student: Path) -> dict[str, Any]:
     """Return a student's scores on the gold test rows."""
-    of = load_experiment(experiment, overrides)
-    found = score_student(
-        Lineage(of).corpus.path / "test",
-        student,
-        label_names=of.task.label_names,
-        section=of.evaluate,
-        max_length=of.student.max_length,
-        batch_size=of.train.scoring_batch_size,
-        seed=of.seed,
-    )
-    accuracy = found.accuracy
+    found = on_test(Lineage(load_experiment(experiment, overrides)), student)
+    assert found is not None, "every data set here has test rows"
+    scores = {name: round(found[name]["value"], 4) for name in FIGURES}
     return {
-        "accuracy": round(accuracy.value, 4),
-        "accuracy_low": round(accuracy.low, 4),
-        "accuracy_high": round(accuracy.high, 4),
-        "macro_f1": round(found.macro_f1.value, 4),
+        **scores,
+        **{f"accuracy_{end}": round(found["accuracy"][end], 4) for end in ("low", "high")},
     }
 
 
@@ -342,8 +331,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     # The judge is trained in this process, and tells of it as a job does.
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("llkd_ray").setLevel(logging.INFO)
+    show_log()
     folders = [folder.resolve() for folder in arguments.data]
     variants, seed_rows = arguments.variants, arguments.seed_rows
     seeds, more = arguments.seeds, arguments.set

@@ -68,7 +68,7 @@ def guide(lineage: Lineage, out: Path) -> tuple[Rows, dict[str, Any]]:
     for name in (train.AUDIT, train.EPOCHS):
         shutil.copyfile(student.path / name, out / name)
     for number, row in enumerate(rounds):
-        row["test"] = _on_test(lineage, lineage.round(number).path / train.MODEL)
+        row["test"] = on_test(lineage, lineage.round(number).path / train.MODEL)
     write_text(out / ROUNDS, json.dumps(rounds, indent=2, ensure_ascii=False) + "\n")
     taken = sum(row["written"] for row in rounds)
     kept = sum(row["kept"] for row in rounds)
@@ -223,7 +223,7 @@ def _origin(copied: Sequence[int], number: int) -> str:
     )
 
 
-def _on_test(lineage: Lineage, student: Path) -> dict[str, Any] | None:
+def on_test(lineage: Lineage, student: Path) -> dict[str, Any] | None:
     """Score a student on the gold test rows; None where there are none."""
     experiment, corpus = lineage.experiment, lineage.corpus
     if not corpus.manifest().details["test"]:
