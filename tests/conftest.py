@@ -45,8 +45,17 @@ SMALL = (
 )
 
 
-# Slow tests that wait more than they compute: for nodes that come, go, or are found dead.
-WAITING = ("test_autoscaling", "test_node_loss", "test_storage")
+# Slow tests that leave a core free: they wait for nodes that come, go, or are found dead, or
+# train in processes of one thread.
+LIGHT = (
+    "test_autoscaling",
+    "test_engine",
+    "test_exchange",
+    "test_node_loss",
+    "test_storage",
+    "test_students",
+    "test_training",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -66,7 +75,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     of: dict[str, list[pytest.Item]] = {"computing": [], "beside": []}
     for item in items:
-        computes = item.get_closest_marker("slow") and item.path.stem not in WAITING
+        computes = item.get_closest_marker("slow") and item.path.stem not in LIGHT
         of["computing" if computes else "beside"].append(item)
     items[:] = of.pop(stream)
     [others] = of.values()
