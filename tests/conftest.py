@@ -45,15 +45,18 @@ SMALL = (
 )
 
 
-# Slow tests that leave a core free: they wait for nodes that come, go, or are found dead, or
-# train in processes of one thread.
-LIGHT = (
+# Slow tests of the stream beside the others: those that wait, for nodes that come, go, or are found
+# dead, and as many more as make both streams equally long.
+BESIDE = (
     "test_autoscaling",
     "test_engine",
     "test_exchange",
+    "test_http_teacher",
     "test_node_loss",
     "test_storage",
     "test_students",
+    "test_submit",
+    "test_train_on_ray",
     "test_training",
 )
 
@@ -61,8 +64,8 @@ LIGHT = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--stream",
-        choices=("computing", "beside"),
-        help="the slow tests that compute, or all others; .ci/run has both run at once",
+        choices=("slow", "beside"),
+        help="most slow tests, or all others; .ci/run has both run at once",
     )
 
 
@@ -73,10 +76,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     stream = config.getoption("--stream")
     if stream is None:
         return
-    of: dict[str, list[pytest.Item]] = {"computing": [], "beside": []}
+    of: dict[str, list[pytest.Item]] = {"slow": [], "beside": []}
     for item in items:
-        computes = item.get_closest_marker("slow") and item.path.stem not in LIGHT
-        of["computing" if computes else "beside"].append(item)
+        slow = item.get_closest_marker("slow") and item.path.stem not in BESIDE
+        of["slow" if slow else "beside"].append(item)
     items[:] = of.pop(stream)
     [others] = of.values()
     config.hook.pytest_deselected(items=others)

@@ -205,6 +205,14 @@ def test_accuracy_is_of_texts_with_gold_that_every_endpoint_answered():
     assert summarize(ours, gold=dict.fromkeys("abcd")).accuracy is None
 
 
+def test_the_interval_of_accuracy_does_not_follow_from_the_order_in_which_answers_came():
+    labels = {f"text {at}": "x" if at % 5 else "y" for at in range(50)}
+    gold = dict.fromkeys(labels, "x")
+    other_order = dict(sorted(labels.items(), key=lambda answer: answer[1]))
+    one, other = (summarize(measured(labels=of), gold=gold) for of in (labels, other_order))
+    assert one.accuracy == other.accuracy is not None
+
+
 def test_arrivals_are_a_poisson_process_of_the_rate():
     times = open_loop.arrivals(200.0, 50.0, seed=3)
     gaps = np.diff(times)

@@ -150,7 +150,9 @@ def answered_by_all(
 
 
 def _accuracy(measured: Measurement, gold: Mapping[str, str | None], seed: int) -> Bounded | None:
-    known = [text for text in measured.labels if gold.get(text) is not None]
+    # In the order of gold: answers stand in the order in which they came, each time another, and
+    # the interval would follow it.
+    known = [text for text, label in gold.items() if label is not None and text in measured.labels]
     if not known:
         return None
     right = np.array([measured.labels[text] == gold[text] for text in known])
