@@ -33,7 +33,19 @@ def test_the_served_cascade_asks_its_teacher_about_the_unsure_texts_alone(ray_lo
     unsure = handover.unsure(student)
     assert len(unsure) == 12
 
-    experiment = load_experiment(QUICKSTART, ["teacher.readout=trie"])
+    def left_to_the_teacher(end):
+        """A question that ends so, and that the student is unsure about."""
+        candidates = [f"{question} {end}" for question in questions(200)]
+        found = StudentClassifier(folder, 128, CONFIG).probabilities(candidates)
+        return candidates[int(handover.unsure(found)[0])]
+
+    strange = [left_to_the_teacher(end) for end in ("\x00", "👩‍👩‍👧", "من؟", "<|endoftext|>")]
+    too_long = left_to_the_teacher("word " * 3900)
+
+    # It reads whole words token by token, so that several passes a text go through the engine.
+    experiment = load_experiment(
+        QUICKSTART, ["teacher.readout=trie", "teacher.prompt.overlong=reject"]
+    )
     assert isinstance(experiment.teacher, VLLMTeacher)
     calibration = Calibration((-1.0, -2.0, -3.0, -1.5, -0.5, -2.5))
     teacher = TeacherModel(
@@ -62,6 +74,10 @@ def test_the_served_cascade_asks_its_teacher_about_the_unsure_texts_alone(ray_lo
         assert httpx.post(f"{url}/v1/classify", json={"texts": []}).status_code == 422
         assert httpx.post(f"{url}/v1/classify", json={"texts": ["x"] * 65}).status_code == 422
         other = httpx.post(f"{url}/predict", json={"inputs": texts[unsure[0]]}, timeout=60)
+        survived = httpx.post(f"{url}/v1/classify", json={"texts": strange}, timeout=300)
+        unread = httpx.post(
+            f"{url}/v1/classify", json={"texts": [too_long, strange[0]]}, timeout=120
+        )
         assert httpx.get(f"{url}/healthz").status_code == 200
 
     assert card["kind"] == "cascade"
@@ -80,3 +96,9 @@ def test_the_served_cascade_asks_its_teacher_about_the_unsure_texts_alone(ray_lo
     best = [max(p["probabilities"], key=p["probabilities"].__getitem__) for p in predictions]
     assert best == [prediction["label"] for prediction in predictions]
     assert other.json()[0]["label"] == predictions[unsure[0]]["label"]
+
+    assert survived.status_code == 200, survived.text
+    assert [answer["by"] for answer in survived.json()["predictions"]] == ["teacher"] * 4
+    # The student's answer stands where the teacher does not read a text.
+    assert unread.status_code == 200, unread.text
+    assert [answer["by"] for answer in unread.json()["predictions"]] == ["student", "teacher"]

@@ -62,9 +62,7 @@ class TeacherClassifier:
             answers = await self._engine.read(texts)
         except TeacherDiedError as error:
             raise Refusal(503, f"{error}; ask again", {"Retry-After": "5"}) from error
-        for position, answer in enumerate(answers):
-            if answer.error is not None:
-                raise Refusal(422, f"texts[{position}]: {answer.error}")
+        refuse_unread(answers)
         return Classification(self._probabilities(answers))
 
     async def answer(self, texts: list[str]) -> Floats:
@@ -83,3 +81,14 @@ class TeacherClassifier:
     async def close(self) -> None:
         """End the engine's process."""
         await self._engine.close()
+
+
+def refuse_unread(answers: Sequence[Answer]) -> None:
+    """Refuse a request with a text that the teacher did not read.
+
+    Raises:
+        Refusal: 422, with the first such text's position and the reason.
+    """
+    for position, answer in enumerate(answers):
+        if answer.error is not None:
+            raise Refusal(422, f"texts[{position}]: {answer.error}")
