@@ -52,6 +52,7 @@ BESIDE = (
     "test_engine",
     "test_exchange",
     "test_http_teacher",
+    "test_label_quality",
     "test_node_loss",
     "test_storage",
     "test_students",

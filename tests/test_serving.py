@@ -29,7 +29,8 @@ from llkd_ray.serving.student import StudentClassifier
 from llkd_ray.student.train import MODEL
 
 # As many wait here as come.
-CONFIG = ServeSection(port=0, max_queue_ms=60_000)
+# Where a replica does not come up, Serve's reason is told before the test's own time is up.
+CONFIG = ServeSection(port=0, max_queue_ms=60_000, start_timeout_s=240)
 LONG = "What is the meaning of a question that goes on " + "and on " * 400 + "?"
 
 

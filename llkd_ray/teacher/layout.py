@@ -6,7 +6,6 @@ a row that says `<|im_end|>` cannot end its turn.
 """
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -54,17 +53,21 @@ class Codec:
                 f"teacher.model: its tokenizer is a {type(tokenizer).__name__} without a "
                 "tokenizer.json; save one with save_pretrained of a fast tokenizer"
             )
-        spec = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-        self._marks = Tokenizer.from_str(json.dumps(spec))
-        special = [token for token in spec["added_tokens"] if token["special"]]
-        for token in spec["added_tokens"]:
-            # Some models steer by tokens that they do not call special, such as <think>.
-            token["special"] = bool(token["content"].strip())
-        self._words = Tokenizer.from_str(json.dumps(spec))
+        copy = backend.to_str()
+        self._marks, self._words = Tokenizer.from_str(copy), Tokenizer.from_str(copy)
+        for own in (self._marks, self._words):
+            own.no_truncation()
+            own.no_padding()
+        added = backend.get_added_tokens_decoder()
+        # Some models steer by tokens that they do not call special, such as <think>.
+        self._words.add_special_tokens(
+            [token for token in added.values() if not token.special and token.content.strip()]
+        )
         self._words.encode_special_tokens = True
         self._decode = tokenizer.decode
-        steering = {token["id"] for token in special} - {tokenizer.unk_token_id}
-        names = [token["content"] for token in special]
+        special = {id_: token.content for id_, token in added.items() if token.special}
+        steering = special.keys() - {tokenizer.unk_token_id}
+        names = list(special.values())
         for name, encoding in zip(names, self.words(names), strict=True):
             if steering.intersection(encoding.ids):
                 raise TeacherError(
