@@ -479,7 +479,7 @@ def test_a_round_that_is_killed_ends_with_the_rows_of_an_unbroken_one(tmp_path, 
     # Held to JSON, and read out of it.
     ended = [row for row in ours if row["dropped"] not in ("no end", "no text")]
     assert len(ended) >= 12
-    assert not any("{" in row["text"] or row["text"].endswith('"}') for row in ended)
+    assert not any(row["text"].startswith("{") or row["text"].endswith('"}') for row in ended)
     prompts = pq.read_table(broken.lessons(1).path / "prompts.parquet").column("prompt_id")
     assert {row["prompt_id"] for row in ours} == set(prompts.to_pylist())
     kept = pq.read_table(broken.lessons(1).path / "unlabeled")

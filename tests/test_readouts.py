@@ -1,20 +1,17 @@
 """Asking about a corpus in one dataset after the other."""
 
 import asyncio
-import logging
 from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import QUICKSTART, Run
+from conftest import QUICKSTART
 
-from llkd_ray import schema
-from llkd_ray.config import SamplingSection, load_experiment
+from llkd_ray.config import load_experiment
 from llkd_ray.corpus import prepare, read_shards
 from llkd_ray.errors import TeacherError
-from llkd_ray.guided.write import Round, write
 from llkd_ray.teacher import readouts
 from llkd_ray.teacher.actor import Opening, TeacherActor
 from llkd_ray.teacher.answers import Answer, TeacherDiedError
@@ -150,37 +147,3 @@ def test_a_teacher_that_dies_is_replaced_twice_and_once_for_all_batches(
             assert "died 3 times over the same 4 rows" in str(answered)
     assert len(opening.started) == min(deaths + 1, 3)
     assert [teacher.closed for teacher in opening.started[:2]] == [True, deaths > 1]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_local")
-def test_what_an_actor_says_of_its_teacher_is_one_sentence_and_nothing_is_logged_before_it(
-    run: Run, caplog: pytest.LogCaptureFixture
-) -> None:
-    nobody = Run(
-        (
-            *run.overrides,
-            "teacher.kind=http",
-            "teacher.url=http://127.0.0.1:9/v1",
-            "teacher.model=m",
-            "teacher.max_retries=0",
-        )
-    )
-    nobody.stage("prepare")
-    with caplog.at_level(logging.ERROR), pytest.raises(TeacherError) as labelling:
-        nobody.stage("label")
-    prompt = {"prompt_id": "p", "label": "person", "first": 0, "samples": 1, "text": "Question:"}
-    with caplog.at_level(logging.ERROR), pytest.raises(TeacherError) as writing:
-        write(
-            pa.Table.from_pylist([prompt], schema.PROMPTS),
-            Path(nobody.experiment.runs) / "parts",
-            opening=Opening.of(nobody.experiment),
-            sampling=SamplingSection(),
-            of=Round(1, 0),
-        )
-    said = "http://127.0.0.1:9/v1 cannot be reached"
-    for error in (labelling, writing):
-        assert str(error.value).startswith(said)
-        assert "\n" not in str(error.value)
-    assert str(writing.value).endswith("run the same command again to go on")
-    assert [record.getMessage() for record in caplog.records if record.levelno >= 40] == []

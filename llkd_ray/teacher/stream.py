@@ -1,5 +1,6 @@
 """Rows streamed through teacher actors by Ray Data: quietly, and failing in the teacher's words."""
 
+import gc
 import logging
 from collections.abc import Iterator
 
@@ -34,10 +35,16 @@ def tables(dataset: Dataset) -> Iterator[pa.Table]:
     Raises:
         TeacherError: What a teacher in an actor said of itself, which is what the user can act on.
     """
+    said = None
     try:
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, TeacherError):
-            # Ray Data puts lines of its own below the sentence.
-            raise TeacherError(str(error.cause).partition("\n")[0]) from None
-        raise
+        if not isinstance(error.cause, TeacherError):
+            raise
+        # Ray Data puts lines of its own below the sentence.
+        said = str(error.cause).partition("\n")[0]
+    if said is not None:
+        # Actors end when nothing refers to them any more, and until then they hold their CPUs: what
+        # is raised here must not have Ray Data's error, and all it refers to, for its context.
+        gc.collect()
+        raise TeacherError(said)
