@@ -1,7 +1,7 @@
 """A teacher that cannot be asked, in an actor of Ray Data.
 
-A module of its own, that comes after those of the endpoints: pytest keeps what Ray Data has logged,
-which refers to the actors, and these keep their CPUs as long.
+A module of its own, that comes after those of the endpoints: under pytest its actors have kept
+their CPUs for minutes in some runs, by what is not known, and an endpoint would wait for them.
 """
 
 import logging
