@@ -34,7 +34,8 @@ command -v g++ >/dev/null || {
 echo "setting up .venv (once, some minutes) ..."
 # One that was broken off, or made without python3-venv, has no pip.
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
-install=(.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps)
+# Not compiled: most modules are never imported, and Python compiles those that are.
+install=(.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-compile)
 if ! .venv/bin/python -m pip show -qq "${torch%%=*}" 2>/dev/null; then
     "${install[@]}" "$torch" 2>/dev/null ||
         "${install[@]}" "$torch" --index-url https://download.pytorch.org/whl/cpu || {

@@ -117,6 +117,9 @@ def ray_session(config: RaySection) -> Iterator[None]:
     # Ray starts workers at niceness 15, at which the waiting of vLLM's processes for each other
     # costs a quarter of an engine's speed where they share all cores.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Ray ends a worker that had nothing to do for a second, as there is between the steps of most
+    # stages, and starting the next one costs more than that.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "10000")
     # Serve's proxies read this, and send a request again whose replica died.
     os.environ.setdefault(
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "llkd_ray.serving.ingress.middlewares"
