@@ -34,7 +34,7 @@ command -v g++ >/dev/null || {
 echo "setting up .venv (once, some minutes) ..."
 # One that was broken off, or made without python3-venv, has no pip.
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
-# Not compiled: most modules are never imported, and Python compiles those that are.
+# pip would compile with one core; below, all do.
 install=(.venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-compile)
 if ! .venv/bin/python -m pip show -qq "${torch%%=*}" 2>/dev/null; then
     "${install[@]}" "$torch" 2>/dev/null ||
@@ -47,6 +47,8 @@ for entry in "${missing[@]}"; do
     read -r file stamp want <<<"$entry"
     "${install[@]}" -r "$file"
     [ "$file" = cluster/requirements-cpu.txt ] && "${install[@]}" --no-build-isolation -e .
+    # It fails where a package holds a file for another Python, which is no harm.
+    .venv/bin/python -W ignore -m compileall -qq -j 0 .venv/lib || true
     echo "$want" >"$stamp"
 done
 echo "set up .venv in ${SECONDS} s"
