@@ -20,8 +20,10 @@ def plain_probabilities(experiment, calibration, texts):
         for label in experiment.task.labels:
             words = tokenizer(f" {label.words or label.name}")["input_ids"]
             with torch.inference_mode():
-                logits = language_model(torch.tensor([[*encoded.ids, *words]])).logits[0].double()
-            steps = logits.log_softmax(-1)[len(encoded.ids) - 1 : -1]
+                output = language_model(
+                    torch.tensor([[*encoded.ids, *words]]), logits_to_keep=len(words) + 1
+                )
+            steps = output.logits[0, :-1].double().log_softmax(-1)
             logprobs.append(float(steps[range(len(words)), words].sum()))
         unnormalised = np.exp(np.array(logprobs) - calibration.log_prior)
         expected.append(unnormalised / unnormalised.sum())

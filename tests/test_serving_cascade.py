@@ -26,7 +26,8 @@ def test_the_served_cascade_asks_its_teacher_about_the_unsure_texts_alone(ray_lo
     folder = untrained_student(tmp_path)
     set_temperature(folder, Temperature(0.5, "gold", 40))
     texts = questions(48)
-    student = StudentClassifier(folder, 128, CONFIG).probabilities(texts)
+    classifier = StudentClassifier(folder, 128, CONFIG)
+    student = classifier.probabilities(texts)
     confidence = np.sort(student.max(axis=1))
     # A quarter goes to the teacher; halfway between two texts, so that rounding moves none.
     handover = Handover(float(confidence[11:13].mean()), 0.0)
@@ -35,9 +36,11 @@ def test_the_served_cascade_asks_its_teacher_about_the_unsure_texts_alone(ray_lo
 
     def left_to_the_teacher(end):
         """A question that ends so, and that the student is unsure about."""
-        candidates = [f"{question} {end}" for question in questions(200)]
-        found = StudentClassifier(folder, 128, CONFIG).probabilities(candidates)
-        return candidates[int(handover.unsure(found)[0])]
+        for question in questions(200):
+            text = f"{question} {end}"
+            if len(handover.unsure(classifier.probabilities([text]))):
+                return text
+        raise AssertionError("the student is sure of them all")
 
     strange = [left_to_the_teacher(end) for end in ("\x00", "👩‍👩‍👧", "من؟", "<|endoftext|>")]
     too_long = left_to_the_teacher("word " * 3900)
@@ -88,10 +91,10 @@ def test_the_served_cascade_asks_its_teacher_about_the_unsure_texts_alone(ray_lo
     assert set(by) == {"student", "teacher"}
     served = np.array([list(prediction["probabilities"].values()) for prediction in predictions])
     expected = student.copy()
-    expected[unsure[:4]] = plain_probabilities(
-        experiment, calibration, [texts[at] for at in unsure[:4]]
+    expected[unsure[:2]] = plain_probabilities(
+        experiment, calibration, [texts[at] for at in unsure[:2]]
     )
-    compared = np.setdiff1d(np.arange(48), unsure[4:])
+    compared = np.setdiff1d(np.arange(48), unsure[2:])
     np.testing.assert_allclose(served[compared], expected[compared], atol=2e-3)
     best = [max(p["probabilities"], key=p["probabilities"].__getitem__) for p in predictions]
     assert best == [prediction["label"] for prediction in predictions]
